@@ -6,7 +6,7 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _HOME = {  # name -> the module that holds it
-    "MedxferError": "core", "seed_everything": "core", "show": "core",
+    "MedxferError": "core", "seed_everything": "core", "show": "core", "read_image": "images",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -141,10 +141,23 @@ def run_notebook(
     with atomic_write(target.with_suffix(".html")) as part: part.write_text(report(nb, path.stem), encoding="utf-8")
     return target.with_suffix(".html")
 
-# %% ../nbs/19_cli.ipynb #cd09b497
+# %% ../nbs/19_cli.ipynb #88de1a61
 def _run(args):
     html = run_notebook(args.notebook, args.data, args.out)
     print(f"\nreport: {html}")
+
+
+def _data(args):
+    from medxfer_nb.datasets import list_datasets, load, medmnist_info
+
+    if args.name:
+        ds = load(args.name)
+        return print(ds, f"licence: {ds.info.licence}; source: {ds.info.source}", sep="\n")
+    facts = medmnist_info()
+    for name in list_datasets():
+        if name in facts: about = f"{sum(facts[name]['n_samples'].values()):,} pictures, {facts[name]['license']}"
+        else: about = f"always there; `medxfer data {name}` opens it and shows counts and licence"
+        print(f"{name:20} {about}")
 
 
 def _models(args):
@@ -175,6 +188,8 @@ def _parser():
     run.add_argument("notebook", help="an .ipynb file")
     run.add_argument("--data", help="a data set's name, or a folder of classes; replaces `data` in the cell tagged parameters")
     run.add_argument("--out", default="reports", help="folder for the executed notebook and the HTML page (default: reports)")
+    data = command("data", _data, "list data sets, or open one and show its counts")
+    data.add_argument("name", nargs="?", help="a data set's name, or a folder of classes; without it: the list")
     models = command("models", _models, "list networks that can be transferred")
     models.add_argument("pattern", nargs="?", help="search all of timm's names, for instance '*resnet*'; without it: the classics")
     command("version", _version, "print the version")

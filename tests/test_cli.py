@@ -10,6 +10,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from medxfer_nb.cli import main, report
+from medxfer_nb.datasets import list_datasets
 
 MEDXFER = Path(sys.executable).with_name("medxfer")
 PARAMETERS = new_code_cell("data = 'phantom/ultrasound'", metadata={"tags": ["parameters"]})
@@ -153,3 +154,21 @@ def test_models_finds_by_pattern(capsys):
 def test_models_without_a_match(capsys):
     assert main(["models", "resnet81"]) == 2
     assert "resnet81" in error_line(capsys)
+
+
+def test_data_lists_every_set(capsys):
+    assert main(["data"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == "breastmnist 780 pictures, CC BY 4.0".split() for line in lines)
+    assert [line.split()[0] for line in lines] == list_datasets()
+
+
+def test_data_shows_counts_and_licence(capsys):
+    assert main(["data", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "5000 pictures (28, 28)" in out and "licence: BSD-3" in out
+
+
+def test_data_suggests_the_nearest_name(capsys):
+    assert main(["data", "brestmnist"]) == 2
+    assert "breastmnist" in error_line(capsys)
