@@ -77,12 +77,13 @@ def atomic_write(
             os.replace(part, path)
         finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #f02048ec
+# %% ../nbs/00_core.ipynb #c8a55a92
 def _intact(folder):
     "Whether `folder` holds exactly what its manifest says."
     try: manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError): return False
-    return all((folder / f).is_file() and sha256(folder / f) == s for f, s in manifest.items())
+    files = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {"manifest.json"}
+    return isinstance(manifest, dict) and files == set(manifest) and all(sha256(folder / f) == s for f, s in manifest.items())
 
 
 def cached(
