@@ -126,7 +126,7 @@ def load_ct() -> CT:  # 240 x 240 x 222 points, 1.5 mm apart
     folder = cached(cache_dir("phantom") / "ct-1", _build_ct)
     return CT(**{n: np.load(folder / f"{n}.npy") for n in ("hu", "labels", "tissue", "depth")}, spacing=STEP, names=_names())
 
-# %% ../nbs/03_phantom.ipynb #7269d35f
+# %% ../nbs/03_phantom.ipynb #8de1bd46
 _MIDDLE = np.float32((180, 180, 166))  # mm
 
 
@@ -158,8 +158,9 @@ class Patient:
         self.grade = int(rng.choice(4, p=[0.4, 0.25, 0.2, 0.15]))                  # fat in the liver: none, mild, moderate, severe
         self.echo = _ECHO + rng.normal(0, 1.5, len(TISSUES)).astype(np.float32)
         self.gallbladder = rng.random() < 0.75
-        self.contrast = rng.uniform(*[(-14, -8), (7, 11), (-3, 3)][rng.choice(3, p=[0.5, 0.3, 0.2])])     # dB, a solid lesion against the liver
-        self.halo = abs(self.contrast) < 4 or rng.random() < 0.3
+        self.contrast = rng.uniform(*[(-18, -9), (8, 13), (-4, 4)][rng.choice(3, p=[0.5, 0.33, 0.17])])     # dB, a solid lesion against the liver
+        self.halo = abs(self.contrast) <= 4 or rng.random() < 0.3
+        self.core = rng.uniform(-4, 8) * (rng.random() < 0.5)                      # dB, its middle against its edge
         self.machine = int(rng.integers(3))
 
     def rng(self, *key):
@@ -189,7 +190,7 @@ def _nearest(volume, points):
     i, j, k = np.moveaxis(np.round(points / STEP).astype(np.int32).clip(0, np.array(volume.shape) - 1), -1, 0)
     return volume[i, j, k]
 
-# %% ../nbs/03_phantom.ipynb #aa29588d
+# %% ../nbs/03_phantom.ipynb #4cf0d776
 FINDINGS = ("none", "cyst", "solid")
 SHAPES = {"cyst": {"round": 0.5, "oval": 0.4, "irregular": 0.1}, "solid": {"round": 0.3, "oval": 0.35, "irregular": 0.35}}
 
@@ -220,24 +221,24 @@ def draw_lesion(
     largest: float,  # mm, the largest diameter that fits
     rng,  # numpy Generator
 ) -> Lesion:
-    "Draw a lesion of random shape, direction and size (10 mm or more, evenly up to `largest`)."
+    "Draw a lesion of random shape, direction and size (10 mm to `largest`, the larger the likelier)."
     shape = str(rng.choice(list(SHAPES[finding]), p=list(SHAPES[finding].values())))
     flat = {"round": rng.uniform(1, 1.08), "oval": rng.uniform(1.4, 1.9), "irregular": rng.uniform(1, 1.4)}[shape]
     lobes = np.stack([rng.uniform(0.6, 1, 5) * (0.13, 0.12, 0.1, 0.07, 0.05), rng.uniform(0, 2 * np.pi, 5)], 1)[: 5 * (shape == "irregular")]
     c, s = np.cos(turn := rng.uniform(0, np.pi)), np.sin(turn)
-    lesion = Lesion(finding, shape, rng.uniform(10, max(largest, 12)), np.asarray(center), np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ view,
+    lesion = Lesion(finding, shape, 10 + max(largest - 10, 2) * np.sqrt(rng.random()), np.asarray(center), np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ view,
                     np.array([1, 1 / flat, 1 / np.sqrt(flat)]), lobes)
     angle = np.linspace(0, 2 * np.pi, 240)
     edge = lesion._outline(angle)[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1) * lesion.radii[:2]
     lesion.radii *= lesion.diameter / pdist(edge).max()
     return lesion
 
-# %% ../nbs/03_phantom.ipynb #27921a8d
+# %% ../nbs/03_phantom.ipynb #dc43623c
 # depth, probe radius, pulse length (axial): mm; half angle, beam width (lateral): degrees; dynamic range, noise, gain: dB; error of the TGC: dB/cm
 SCANNERS = {"ultrasound": {
-    "U1": dict(mhz=3.0, depth=130, angle=32, radius=50, axial=0.55, lateral=0.80, range=62, noise=-64, tgc=0.0, gain=0),
-    "U2": dict(mhz=4.0, depth=110, angle=30, radius=45, axial=0.40, lateral=0.60, range=55, noise=-72, tgc=0.25, gain=-1),
-    "U3": dict(mhz=2.5, depth=145, angle=35, radius=60, axial=0.75, lateral=1.05, range=70, noise=-60, tgc=-0.2, gain=2)}}
+    "U1": dict(mhz=3.0, depth=105, angle=31, radius=45, axial=0.55, lateral=0.80, looks=4, range=60, noise=-64, tgc=0.0, gain=0),
+    "U2": dict(mhz=4.0, depth=90, angle=29, radius=40, axial=0.40, lateral=0.65, looks=3, range=54, noise=-72, tgc=0.25, gain=-1),
+    "U3": dict(mhz=2.5, depth=120, angle=34, radius=50, axial=0.70, lateral=1.00, looks=2, range=66, noise=-60, tgc=-0.2, gain=2)}}
 
 
 @dataclass
@@ -259,9 +260,9 @@ def _holds(patient, scanner, rng, n):
     "n ways to hold the probe: aim (n, 3), skin (n,) mm away, axes (n, 3, 3), angle of the aim in the sector (n,)."
     ct, inside = load_ct(), _inside("liver")
     at = inside[rng.integers(len(inside), size=n)]
-    aim, up = patient.from_ct(at * STEP), _unit(rng.normal((-0.45, 0.75, -0.3), 0.4, (n, 3)))          # from the front, the right and below
+    aim, up = patient.from_ct(at * STEP), _unit(rng.normal((-0.45, 0.75, -0.45), 0.4, (n, 3)))          # from the front, the right and below
     skin = 3.0 * (_nearest(ct.tissue, patient.to_ct(aim[:, None] + np.arange(0, 160, 3.0)[:, None] * up[:, None])) == _T["outside"]).argmax(1)
-    roll, turn = np.radians(rng.uniform(-20, 110, n)), rng.uniform(-0.6, 0.6, n) * np.radians(scanner["angle"])
+    roll, turn = np.radians(rng.uniform(-20, 110, n)), rng.uniform(-0.4, 0.4, n) * np.radians(scanner["angle"])
     right = np.stack([np.cos(roll), 0 * roll, -np.sin(roll)], 1)                  # left in the picture is the patient's right, or the head
     right = _unit(right - (right * up).sum(1, keepdims=True) * up)
     c, s = np.cos(turn)[:, None], np.sin(turn)[:, None]
@@ -269,7 +270,7 @@ def _holds(patient, scanner, rng, n):
     return aim, skin, np.stack([right, down, np.cross(right, down)], 1), turn, ct.depth[tuple(at.T)]
 
 
-def _ultrasound_views(patient, scanner, rng, n, tries=80):
+def _ultrasound_views(patient, scanner, rng, n, tries=120):
     "The n of many holds that show most liver and are not blind to what they aim at: what a sonographer looks for."
     aim, skin, axes, turn, depth = _holds(patient, scanner, rng, tries)
     reach, half = skin - 4 + scanner["radius"], np.radians(scanner["angle"])
@@ -279,11 +280,11 @@ def _ultrasound_views(patient, scanner, rng, n, tries=80):
     shadow = np.cumsum(np.maximum(_LOSS[tissue] - 0.8, 0), 1) > 6
     here = np.arange(tries), ((skin - 4) / 5).astype(int).clip(0, len(r) - 1), abs(phi - turn[:, None]).argmin(1)
     bad = shadow[here] | (skin < 25) | (skin > 0.88 * scanner["depth"])
-    score = ((tissue == _T["liver"]) & ~shadow).mean((1, 2)) - bad + rng.uniform(0, 0.1, tries)
     room = 2 * np.minimum.reduce([depth + 4, reach * np.sin(half - abs(turn)), scanner["depth"] - skin - 2, skin - 8])
+    score = ((tissue == _T["liver"]) & ~shadow).mean((1, 2)) - bad + rng.uniform(0, 0.1, tries) + np.minimum(room, 45) / 200
     return [View(aim[k], axes[k], float(min(room[k], 45)), origin[k]) for k in np.argsort(-score, kind="stable")[:n]]
 
-# %% ../nbs/03_phantom.ipynb #5142805d
+# %% ../nbs/03_phantom.ipynb #e83d1582
 def speckle(
     amplitude,  # (R, P) strength of the scatterers
     rng,  # numpy Generator
@@ -314,7 +315,7 @@ def _acoustics(patient, view, lesion, points, rng):
     inside, rim = rho < 1, (rho >= 1) & (rho < 1 + 2.2 / lesion.radii.mean())
     if lesion.finding == "cyst": e[inside], a[inside], z[inside] = -42, 0.02, 1.53
     else:
-        e[inside] = echo[_T["liver"]] + patient.contrast + 2 * mottle[inside]
+        e[inside] = echo[_T["liver"]] + patient.contrast + patient.core * (1 - rho[inside]) + 2 * mottle[inside]
         a[inside], z[inside] = 0.6, 1.67
         if patient.halo: e[rim] = echo[_T["liver"]] - 10
     return e, a, z
@@ -331,7 +332,8 @@ def _envelope(echo, loss, impedance, scanner, dr, rng):
     shine = _blur(6 * edge * 10 ** (-ahead / 20) * (1 + 0.25 * rng.standard_normal(edge.shape)), 0.3 / dr, 0.8)
     noise = speckle(np.float32(10 ** (scanner["noise"] / 20)) * np.ones_like(echo), rng, axial, 0.5)
     tgc = (mhz + scanner["tgc"]) / 10 * dr * np.arange(len(echo))                                       # a liver of grade 0 is made even
-    return abs(speckle(10 ** ((echo - lost) / 20), rng, axial, lateral) + shine + noise) * 10 ** (tgc[:, None] / 20)
+    looks = [abs(speckle(10 ** ((echo - lost) / 20), rng, axial, lateral) + shine + noise) for _ in range(scanner["looks"])]
+    return np.mean(looks, 0) * 10 ** (tgc[:, None] / 20)                           # compounding: several looks, averaged
 
 
 def _pixels(scanner, size):
@@ -353,7 +355,7 @@ def ultrasound(
 ):  # picture (size, size) uint8, mask (size, size) uint8, mm per pixel
     "A B-mode picture of the liver: echo, envelope, log compression, sector."
     half = np.radians(scanner["angle"])
-    r, phi = np.linspace(0, scanner["depth"], 340), np.linspace(-half, half, 136)
+    r, phi = np.linspace(0, scanner["depth"], 300), np.linspace(-half, half, 120)
     parts = _acoustics(patient, view, lesion, _sector(view.origin, view.axes, scanner, r, phi), rng)
     db = 20 * np.log10(_envelope(*parts, scanner, r[1], rng) + 1e-6) + scanner["gain"] - 1.2 * patient.grade + rng.normal(0, 2)
     grey = np.clip(0.5 + db / scanner["range"], 0, 1).astype(np.float32)
