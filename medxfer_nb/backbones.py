@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSIC', 'PACKAGED', 'cut_stages', 'Provenance', 'Spec', 'Network', 'list_models', 'create_model', 'extract']
 
-# %% ../nbs/05_backbones.ipynb #48d3e7a7
+# %% ../nbs/05_backbones.ipynb #7d8dca30
 import importlib.util
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from .concepts import SmallCNN
 from .core import MedxferError, choose, device, sha256
 
 # %% ../nbs/05_backbones.ipynb #50321b71
@@ -114,21 +115,22 @@ class Network(nn.Module):
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.spec.mean, self.spec.std))
         return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/05_backbones.ipynb #44390989
+# %% ../nbs/05_backbones.ipynb #8b29eee5
 CLASSIC = ("alexnet", "vgg11", "vgg13", "vgg16", "vgg19", "googlenet", "resnet18", "resnet34", "resnet50", "resnet101",
            "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")  # built by torchvision
-_TAIL = ("global_pool", "avgpool", "dropout", "classifier", "fc", "head", "aux1", "aux2")
+_TAIL = ("neck", "global_pool", "avgpool", "dropout", "classifier", "fc", "head", "aux1", "aux2")
 
 
 def list_models(
     pattern: str = "*",  # for timm's names, for instance '*resnet*'
 ) -> list[str]:
-    "All names that `create_model` knows: the seeds' classics first, then timm's."
-    return [*CLASSIC, *(name for name in timm.list_models(pattern) if name not in CLASSIC)]
+    "All names that `create_model` knows: the small network of lesson 01, the seeds' classics, then timm's."
+    return ["small_cnn", *CLASSIC, *(name for name in timm.list_models(pattern) if name not in CLASSIC)]
 
 
 def _library_model(name):
     "The library's own model with 1000 classes and random weights."
+    if name == "small_cnn": return SmallCNN(1000, channels=(16, 32, 64, 128))
     if name not in CLASSIC: return timm.create_model(name)
     kwargs = dict(aux_logits=False, init_weights=False) if name == "googlenet" else {}
     return torchvision.models.get_model(name, weights=None, **kwargs)
@@ -148,8 +150,9 @@ def _neck_and_head(model):
     "What stands between the trunk and the last linear layer, and that layer."
     tail = OrderedDict((name, m) for name, m in model.named_children() if name in _TAIL and not name.startswith("aux"))
     flat = [m for child in tail.values() for m in (child if isinstance(child, nn.Sequential) else [child])]
-    pool = [] if {"avgpool", "global_pool"} & set(tail) else [nn.AdaptiveAvgPool2d(1)]
-    if pool or "avgpool" in tail: flat[1 - len(pool):1 - len(pool)] = [*pool, nn.Flatten()]
+    if "global_pool" not in tail and not any(isinstance(m, nn.Flatten) for m in flat):
+        at = 1 if "avgpool" in tail else 0
+        flat[at:at] = [nn.Flatten()] if at else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*flat[:-1]), flat[-1]
 
 # %% ../nbs/05_backbones.ipynb #a43d12f0
@@ -191,7 +194,7 @@ def _packaged(model, name):
     _fill(model, _read_weights(path), path.name)
     return Provenance("ImageNet-1k, 1000 classes", path.name, digest, licence)
 
-# %% ../nbs/05_backbones.ipynb #e8f1d4c0
+# %% ../nbs/05_backbones.ipynb #9cebac40
 def _from_library(model, name):
     "Fill `model` with the library's own ImageNet weights: torch's cache first, then the network."
     enum = torchvision.models.get_model_weights(name).DEFAULT if name in CLASSIC else None
@@ -209,10 +212,10 @@ def _normalisation(name, model):
     "The mean and standard deviation that `name` was trained with."
     if name in PACKAGED: return (127 / 255,) * 3, (128 / 255,) * 3
     if name == "googlenet": return (0.5,) * 3, (0.5,) * 3  # its weights expect -1..1 (torchvision's transform_input)
-    if name in CLASSIC: return Spec.mean, Spec.std
+    if name in CLASSIC or name == "small_cnn": return Spec.mean, Spec.std
     return model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
-# %% ../nbs/05_backbones.ipynb #4829a640
+# %% ../nbs/05_backbones.ipynb #09f34858
 def create_model(
     name: str = "tf_efficientnet_lite0",  # one of `list_models()`
     pretrained: bool = True,  # ImageNet weights, or random ones
@@ -230,6 +233,7 @@ def create_model(
     if weights:
         _fill(model, _read_weights(weights), weights)
         source = Provenance("a local file", Path(weights).name, sha256(weights))
+    elif pretrained and name == "small_cnn": raise MedxferError("small_cnn has no ImageNet weights: pass pretrained=False or weights=")
     elif pretrained: source = (_packaged if name in PACKAGED else _from_library)(model, name)
     net = _assemble(model, Spec(name, *_normalisation(name, model), size, source))
     if num_classes: net.reset_classifier(num_classes, seed)
