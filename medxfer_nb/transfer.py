@@ -102,14 +102,14 @@ def rates(
     body = [(list(part.parameters()), phase.lr * phase.body * phase.decay**depth) for part, depth in parts]
     return [(list(net.head.parameters()), phase.lr), *body]
 
-# %% ../nbs/08_transfer.ipynb #5bca3f1f
+# %% ../nbs/08_transfer.ipynb #115722b0
 def fit_probe(
     net: Network,  # its head is replaced
     train: ImageSet,
     penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),  # values of C to choose from; a larger one is a weaker penalty
 ) -> Run:
     "Feature extraction: logistic regression on the frozen features, written into the head."
-    if train.task.kind not in ("binary", "multiclass"): raise MedxferError(f"feature extraction needs one class a picture, not a {train.task.kind} task")
+    if train.task.kind not in ("binary", "multiclass"): raise MedxferError(f"fit_probe needs one class a picture, not a {train.task.kind} task")
     start, x, y = time.perf_counter(), extract(net, train.images).numpy(), train.target()
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     folds = min(5, *np.unique(y, return_counts=True)[1], len(np.unique(train.groups)))
