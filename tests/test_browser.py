@@ -136,6 +136,33 @@ def test_slider_moves_label_and_picture(run):
     wait_for(lambda: image.get_attribute("src") != before)
 
 
+FREEZE = """
+import numpy as np, pandas as pd
+from medxfer_nb.metrics import auroc, score
+from medxfer_nb.widgets import FreezeExplorer
+
+y = np.arange(60) % 2
+chance = np.random.default_rng(0).uniform(0, 0.5, (4, 60))
+FreezeExplorer(pd.DataFrame([
+    dict(stage=s, budget=n, score=score(auroc, y, chance[i + 2 * j] + 0.2 * y), frozen=1000 * (i + 1), trained=9)
+    for i, s in enumerate(["stem", "stage1"]) for j, n in enumerate([10, 100])]))
+"""
+
+
+def test_freeze_explorer_answers_the_keyboard(run):
+    page = run(FREEZE)
+    label, image = page.locator(".widget-html-content"), page.locator("img.jupyter-widgets")
+    page.get_by_text("stem to stage1, 2,000 parameters").wait_for()
+    before = image.get_attribute("src")
+    stage, budget = page.locator(".noUi-handle").all()
+    press(stage, "ArrowLeft", 1)
+    page.get_by_text("Frozen: stem, 1,000 parameters").wait_for()
+    press(budget, "ArrowLeft", 1)
+    page.get_by_text("on 10 labels").wait_for()
+    wait_for(lambda: image.get_attribute("src") != before)
+    assert "Validation AUROC 0." in label.inner_text()
+
+
 def test_report_opens_without_network(page, tmp_path):
     with io.BytesIO() as f:
         Image.new("L", (40, 20)).save(f, "png")

@@ -1,0 +1,119 @@
+"The explorers, driven without a browser: what they say and draw must be what the models do."
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from medxfer_nb.backbones import Network, Spec
+from medxfer_nb.core import MedxferError
+from medxfer_nb.datasets import ImageSet, Info, Task
+from medxfer_nb.metrics import auroc, score
+from medxfer_nb.widgets import FreezeExplorer, linear_probe, pool_stages, probe_grid, stage_features
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def tiny_net(seed=0):
+    "Two random stages."
+    torch.manual_seed(seed)
+    stages = nn.Sequential()
+    stages.add_module("stem", nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    stages.add_module("stage1", nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()))
+    return Network(stages, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(8, 2), Spec("tiny", size=16)).eval()
+
+
+def tiny_set(kind="binary"):
+    "60 patients with a picture each; the sick are brighter."
+    rng, sick = np.random.default_rng(0), np.arange(60) % 2
+    pictures = np.clip(rng.normal(100 + 12 * sick[:, None, None], 30, (60, 16, 16)), 0, 255).astype(np.uint8)
+    table = pd.DataFrame(dict(id=np.arange(60), group=np.arange(60), split=["train"] * 30 + ["val"] * 30, sick=sick))
+    return ImageSet(pictures, table, {"sick": Task("sick", kind, ("healthy", "sick"))}, Info("tiny", "noise", "none", "CC0", "made here"))
+
+
+def test_pooled_stages_are_what_the_network_computes():
+    net, pictures = tiny_net(), tiny_set().images
+    features = pool_stages(net, pictures, batch_size=7)
+    with torch.inference_mode(): expected = net.feature_map(net.batch(pictures), "stem").mean((2, 3))
+    np.testing.assert_allclose(features["stem"], expected, rtol=1e-5)
+    assert list(features) == ["stem", "stage1"] and features["stage1"].shape == (60, 8)
+
+
+def test_features_are_computed_once_for_the_same_question(cache):
+    net, pictures = tiny_net(), tiny_set().images
+    first = stage_features(net, pictures)
+    for arguments in [(net, pictures), (net, pictures, 8), (tiny_net(1), pictures), (net, pictures[:30])]: again = stage_features(*arguments)
+    np.testing.assert_array_equal(stage_features(net, pictures)["stem"], first["stem"])
+    assert len([f for f in (cache / "features").iterdir() if f.is_dir()]) == 4 and len(again["stem"]) == 30
+
+
+def test_network_is_left_as_it_was():
+    net = tiny_net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    probe_grid(tiny_set(), net, budgets=(10,))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(p.grad is None for p in net.parameters())
+
+
+def test_grid_agrees_with_sklearn():
+    ds, net = tiny_set(), tiny_net()
+    row = probe_grid(ds, net, budgets=(30,)).set_index("stage").loc["stage1"]
+    train, valid = ds.split("train"), ds.split("val")
+    p = linear_probe(pool_stages(net, train.images)["stage1"], train.target()).predict_proba(pool_stages(net, valid.images)["stage1"])
+    assert row["score"].value == pytest.approx(roc_auc_score(valid.target(), p[:, 1]))
+    assert row["score"] == score(auroc, valid.target(), p, valid.groups)
+    assert row["frozen"] == sum(p.numel() for p in net.stages.parameters()) and row["trained"] == 8 + 1
+
+
+def test_grid_leaves_the_test_set_closed():
+    ds = tiny_set()
+    probe_grid(ds, tiny_net(), budgets=(10,))
+    assert ds.openings["test"] == 0
+
+
+@pytest.mark.parametrize("budgets", [(), (1,), (31,)])
+def test_budgets_that_do_not_fit(budgets):
+    with pytest.raises(MedxferError, match="budgets="): probe_grid(tiny_set(), tiny_net(), budgets=budgets)
+
+
+def test_probe_needs_classes():
+    with pytest.raises(MedxferError, match="regression"): probe_grid(tiny_set("regression"), tiny_net())
+
+
+@pytest.fixture
+def explorer(): return FreezeExplorer(probe_grid(tiny_set(), tiny_net(), budgets=(4, 10, 30)))
+
+
+def test_every_move_changes_label_and_picture(explorer):
+    seen = set()
+    for explorer.stage.value in ("stem", "stage1"):
+        for explorer.budget.value in (4, 10, 30):
+            row = explorer.grid.loc[(explorer.stage.value, explorer.budget.value)]
+            assert f"on {explorer.budget.value} labels. Validation AUROC {row.score}." in explorer.label.value
+            assert f"{row.frozen:,} parameters" in explorer.label.value
+            seen.add((explorer.label.value, explorer.picture.value))
+    assert len(seen) == 6
+
+
+def test_picture_is_a_png(explorer):
+    assert Image.open(io.BytesIO(explorer.picture.value)).format == "PNG"
+
+
+def test_error_in_the_reaction_is_not_swallowed(explorer):
+    explorer.grid = explorer.grid.iloc[:0]
+    with pytest.raises(KeyError): explorer.budget.value = 30
+
+
+def test_controls_have_names(explorer):
+    assert [c.description for c in explorer.view.children[:2]] == ["frozen up to", "labels"]
+
+
+def test_explorer_shows_itself_as_a_widget(explorer):
+    assert "application/vnd.jupyter.widget-view+json" in explorer._repr_mimebundle_()
