@@ -6,7 +6,12 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _HOME = {  # name -> the module that holds it
-    "MedxferError": "core", "seed_everything": "core", "show": "core", "read_image": "images",
+    "MedxferError": "core", "seed_everything": "core", "show": "core",
+    "read_image": "images",
+    "load": "datasets", "list_datasets": "datasets", "ImageSet": "datasets",
+    "create_model": "backbones", "list_models": "backbones",
+    "score": "metrics",
+    "transfer": "transfer", "STRATEGIES": "transfer",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -222,6 +222,12 @@ def test_top_level_name_resolves(name):
     assert getattr(medxfer_nb, name) is not None and name in dir(medxfer_nb)
 
 
+@pytest.mark.parametrize("name", sorted(set(medxfer_nb._HOME) & set(RANK)))
+def test_function_is_not_hidden_by_its_module(name):
+    code = f"import medxfer_nb, medxfer_nb.{name}; from medxfer_nb import {name}; assert callable({name}) and {name} is medxfer_nb.{name}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_unknown_top_level_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="medxfer_nb.*resnet"): medxfer_nb.resnet  # noqa: B018
 
