@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['auroc', 'accuracy', 'balanced_accuracy', 'rank_auroc', 'checked', 'Metric', 'Score', 'resamples', 'interval', 'score',
-           'paired_difference']
+           'mean_score', 'paired_difference']
 
 # %% ../nbs/07_metrics.ipynb #26816a40
 from collections.abc import Callable
@@ -181,6 +181,25 @@ def score(
         low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound)
     elif low is not None and np.minimum(parts, 1 - parts) @ m < 3: why = "few errors, interval may be too narrow"
     return Score(value, low, high, len(y), method, "; ".join(notes + [why] * bool(why)))
+
+# %% ../nbs/07_metrics.ipynb #56f5b517
+def mean_score(
+    values,  # (n,) a number for each image
+    groups=None,  # (n,) the patient of each image
+    minus=None,  # (n,) numbers of another method for the same images: the score is the mean difference
+    n_boot: int = 2000,  # resamples
+    level: float = 0.95,  # of the interval
+    seed: int = 0,  # of the resampling
+) -> Score:
+    "The mean of one number an image, or of a paired difference, with a bootstrap interval by patient."
+    values, other = _numbers("values", values), np.zeros(len(values)) if minus is None else _numbers("minus", minus)
+    groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    shapes = values.shape, other.shape, groups.shape
+    _need(len(set(shapes)) == 1, f"values, minus and groups need one entry an image; they have the shapes {shapes}")
+    change = values - other
+    draws = np.concatenate([(w @ change) / w.sum(1) for w in resamples(groups, n_boot, seed)])
+    low, high, why = interval(draws, level)
+    return Score(float(change.mean()), low, high, len(values), _label(groups, n_boot, level, draws), why)
 
 # %% ../nbs/07_metrics.ipynb #bd56570b
 def paired_difference(

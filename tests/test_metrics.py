@@ -8,7 +8,7 @@ from scipy.stats import binomtest, norm
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 from medxfer_nb.core import MedxferError
-from medxfer_nb.metrics import accuracy, auroc, balanced_accuracy, checked, paired_difference, resamples, score
+from medxfer_nb.metrics import accuracy, auroc, balanced_accuracy, checked, mean_score, paired_difference, resamples, score
 
 METRICS = [auroc, accuracy, balanced_accuracy]
 
@@ -183,3 +183,14 @@ def test_flawless_interval_errs_on_the_safe_side():
     rng = np.random.default_rng(1)
     held = [s.low <= 0.97 <= s.high for s in (score(auroc, *study(rng, 30, 0.97), n_boot=200) for _ in range(300)) if s.value == 1]
     assert len(held) > 50 and np.mean(held) > 0.95
+
+
+def test_mean_score_resamples_patients_and_pairs():
+    rng = np.random.default_rng(0)
+    groups, own = np.repeat(np.arange(30), 6), np.repeat(rng.normal(size=30), 6)
+    a = own + 0.1 * rng.normal(size=180)
+    by_patient, by_image = mean_score(a, groups), mean_score(a)
+    assert by_patient.high - by_patient.low > 2 * (by_image.high - by_image.low)
+    assert mean_score(a + 0.2, groups, minus=a).value == pytest.approx(0.2) and mean_score(a, groups, minus=a).low is None
+    for bad in (dict(groups=groups[1:]), dict(minus=a[1:])):
+        with pytest.raises(MedxferError, match="one entry an image"): mean_score(a, **bad)
