@@ -119,19 +119,21 @@ def split_by_group(
         for name, part in zip(("train", "val", "test"), np.split(ids, cuts)): home |= dict.fromkeys(part.tolist(), name)
     return frame["group"].map(home).to_numpy()
 
-# %% ../nbs/04_datasets.ipynb #a55fb67f
+# %% ../nbs/04_datasets.ipynb #78112687
 def few(
     ds: ImageSet,  # usually a training split
     n: int,  # how many labelled pictures
     seed: int = 0,
 ) -> ImageSet:
     "`n` pictures with balanced classes; a larger draw with the same seed contains the smaller ones."
-    if not 0 < n <= len(ds): raise MedxferError(f"n={n}: {ds.info.name} has {len(ds)} pictures to draw from; ask for 1 to {len(ds)}")
     rng, y = np.random.default_rng(seed), ds.target()
-    labels = y if y.ndim == 1 and ds.task.kind != "regression" else np.zeros(len(ds), int)
+    classes = y if ds.task.kind in ("binary", "multiclass") else np.zeros(len(ds), int)
     order = pd.Series(rng.permutation(len(ds)))
-    rank = order.groupby(labels[order]).cumcount()
-    return ds.take(order[np.lexsort((rng.permutation(len(ds)), rank))].to_numpy()[:n])
+    rank = order.groupby(classes[order]).cumcount()
+    order = order[np.lexsort((rng.permutation(len(ds)), rank))].to_numpy()
+    order = order[classes[order] >= 0]                  # pictures without a label are not drawn
+    if not 0 < n <= len(order): raise MedxferError(f"n={n}: {ds.info.name} has {len(order)} labelled pictures to draw from")
+    return ds.take(order[:n])
 
 
 def shuffled(

@@ -52,6 +52,13 @@ def test_few_is_balanced_and_nested(n, classes, seed):
     assert set(ds.few(max(1, n // 2), seed).table["id"]) <= set(ds.few(n, seed).table["id"])
 
 
+def test_few_never_draws_a_picture_without_a_label():
+    ds = random_set()
+    ds.table.loc[:29, "label"] = -1
+    assert set(ds.few(30).table["id"]) == set(range(30, 60))
+    with pytest.raises(MedxferError, match="30 labelled"): ds.few(31)
+
+
 def test_shuffled_keeps_pictures_and_counts_but_breaks_the_link():
     ds = random_set()
     null = ds.shuffled(1)
