@@ -12,6 +12,8 @@ _HOME = {  # name -> the module that holds it
     "create_model": "backbones", "list_models": "backbones",
     "score": "metrics",
     "transfer": "transfer", "STRATEGIES": "transfer",
+    "grad_cam": "explain",
+    "compare": "compare",
 }
 __all__ = ["__version__", *_HOME]
 
