@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['open_notebook', 'execute', 'report', 'NotebookError', 'run_notebook', 'main']
 
-# %% ../nbs/19_cli.ipynb #b18b1f9c
-import argparse, asyncio, contextlib, copy, os, signal, sys
+# %% ../nbs/19_cli.ipynb #b76296d7
+import argparse, asyncio, contextlib, copy, signal, sys
 from pathlib import Path
 
 from . import __version__
