@@ -62,7 +62,7 @@ def student_copy(
                          steps.ClearHiddenTests(), steps.ComputeChecksums())
     except RuntimeError as e: raise MedxferError(f"the marks of the exercise are not right: {e}") from e
 
-# %% ../nbs/18_classroom.ipynb #f66910b3
+# %% ../nbs/18_classroom.ipynb #2d7fe435
 @dataclass
 class Grade:
     "Points and messages by task; its text is the feedback for the student."
@@ -80,10 +80,14 @@ class Grade:
 
 
 def _restore(nb, source, folder):
-    "Put the test cells of `source` back into `nb`: those that were changed and those that were deleted."
+    "Put the marks and the test cells of `source` back into `nb`: what was changed, and what was deleted; marks that are not in `source` go."
     names = dict(notebook="exercise", assignment="exercise", student="student", db_url=f"sqlite:///{folder}/gradebook.db")
     with Gradebook(names["db_url"]) as book: book.add_assignment("exercise")
     _through(source, {"nbgrader": names}, steps.ComputeChecksums(), steps.SaveCells())
+    marks = {c.metadata.nbgrader["grade_id"]: c.metadata.nbgrader for c in source.cells if "nbgrader" in c.metadata}
+    for cell in nb.cells:
+        mark = marks.get(cell.metadata.pop("nbgrader", {}).get("grade_id"))
+        if mark: cell.metadata["nbgrader"] = copy.deepcopy(mark)
     return _through(nb, {"nbgrader": names}, steps.DeduplicateIds(), steps.OverwriteCells(add_missing_cells=True))
 
 

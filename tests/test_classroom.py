@@ -149,7 +149,7 @@ def test_changed_deleted_and_forged_tests_do_not_help():
     path = EXERCISES[-1]
     nb = student_copy(path)
     graded = [c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade")]
-    graded[0].source, graded[1].metadata.nbgrader.points = "pass", 100
+    graded[0].source, graded[1].metadata.nbgrader = "pass", {"grade_id": graded[1].metadata.nbgrader.grade_id, "grade": True, "points": 100}
     nb.cells.remove(graded[2])
     forged = nbformat.v4.new_code_cell("pass", metadata={"nbgrader": dict(graded[0].metadata.nbgrader, grade_id="extra", points=50)})
     result = grade(nbformat.from_dict({**nb, "cells": [*nb.cells, forged]}), path)
