@@ -25,7 +25,7 @@ from torch.nn.functional import grid_sample, interpolate
 
 from .core import cache_dir, cached, choose, progress
 
-# %% ../nbs/03_phantom.ipynb #16d150a7
+# %% ../nbs/03_phantom.ipynb #75902457
 _STEP = 1.5  # mm between the points of the working volume
 TISSUES = {  # what ultrasound meets: echo (dB, liver = 0), attenuation (dB / cm / MHz), impedance (MRayl)
     "outside": (-8, 0.6, 1.60), "gas": (0, 6, 0.3), "fat": (-1, 0.6, 1.44), "soft": (-4, 0.8, 1.66), "liver": (0, 0.5, 1.65),
@@ -40,6 +40,7 @@ _PARTS = {"bowel": ("stomach", "duodenum", "colon", "small_bowel"), "liver": ("l
 
 def _box(organ): return ndi.find_objects(organ.astype(np.uint8))[0]
 
+# %% ../nbs/03_phantom.ipynb #fd23ab5b
 def _vessels(hu, liver):
     "Portal branches: liver that the contrast made brighter than its neighbourhood."
     weight, total = (ndi.gaussian_filter(np.float32(v), 12, truncate=2) for v in (liver, np.where(liver, hu, 0)))
@@ -59,6 +60,7 @@ def _drawn(hu, liver):
     along = -0.25 * x + 0.8 * y - 0.55 * z
     return veins, (along / 26) ** 2 + (x**2 + y**2 + z**2 - along**2) / 11**2 < 1
 
+# %% ../nbs/03_phantom.ipynb #1b80395e
 def _tissue(hu, labels, names):
     "Each voxel's row of `TISSUES`, from the labels and, between them, from the Hounsfield units."
     piece, _ = ndi.label(ndi.binary_opening(hu > -300))
@@ -103,7 +105,7 @@ def load_ct():  # hu, plain (no contrast, no table): int16; labels, tissue (row 
     folder = cached(cache_dir("phantom") / "ct-3", _build_ct)
     return _CT(*(np.load(folder / f"{n}.npy", mmap_mode="r") for n in _CT._fields[:5]), _STEP, _names())
 
-# %% ../nbs/03_phantom.ipynb #ca42b74b
+# %% ../nbs/03_phantom.ipynb #943db00b
 _FINDINGS, _MIDDLE = ("none", "cyst", "solid"), np.float32((180, 180, 166))  # mm
 
 def _unit(v): return v / np.linalg.norm(v, axis=-1, keepdims=True)
@@ -120,6 +122,7 @@ def _nearest(volume, points):
     i, j, k = np.moveaxis(np.round(points / _STEP).astype(np.int32).clip(0, np.array(volume.shape) - 1), -1, 0)
     return volume[i, j, k]
 
+# %% ../nbs/03_phantom.ipynb #9efbb2e2
 class Patient:
     "A virtual patient: body, liver and the look of the lesions, all drawn from `(seed, number)`."
     def __init__(
@@ -161,7 +164,7 @@ class Patient:
         "Hounsfield units at the patient's `points` (..., 3) in mm."
         return ndi.map_coordinates(volume, np.moveaxis(self.to_ct(points) / _STEP, -1, 0), np.float32, order=1, mode="nearest")
 
-# %% ../nbs/03_phantom.ipynb #5098fc42
+# %% ../nbs/03_phantom.ipynb #18826323
 @dataclass
 class Lesion:
     "A lesion in the patient's space: an ellipsoid, with lobes when it is irregular."
@@ -180,6 +183,7 @@ class Lesion:
         at = (points - self.center) @ self.axes.T / self.radii
         return np.linalg.norm(at, axis=-1) / self.outline(np.arctan2(at[..., 1], at[..., 0]))
 
+# %% ../nbs/03_phantom.ipynb #0c84a368
 def draw_lesion(
     finding: str,  # 'cyst' or 'solid'
     view,  # where the picture is taken, from `views`
@@ -196,6 +200,7 @@ def draw_lesion(
     lesion.radii *= lesion.diameter / pdist(lesion.outline(angle)[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1) * lesion.radii[:2]).max()
     return lesion
 
+# %% ../nbs/03_phantom.ipynb #066f6cb4
 # aim, origin: (3,) mm; axes: rows point right, down and across the picture; room: mm, the largest lesion that fits
 _View = namedtuple("View", "organ aim axes room origin")
 
@@ -206,26 +211,28 @@ def _inside(organ):
     if organ == "liver": return np.argwhere(deep & (tissue == _T["liver"]))[::7]
     return np.argwhere(deep & (tissue == _T["gas"]) & (np.isin(tissue, (_T["liver"], _T["blood"])).sum(1, keepdims=True) < 15))[::7]
 
-# %% ../nbs/03_phantom.ipynb #14716e2e
+# %% ../nbs/03_phantom.ipynb #2952367e
 SCANNERS = {
     "ultrasound": {  # depth, probe radius, pulse (axial): mm; half angle, beam (lateral): degrees; range, noise, gain: dB; error of the TGC: dB/cm
         "U1": dict(mhz=3.0, depth=105, angle=31, radius=45, axial=0.55, lateral=0.80, looks=4, range=60, noise=-64, tgc=0.0, gain=0),
         "U2": dict(mhz=4.0, depth=90, angle=29, radius=40, axial=0.40, lateral=0.65, looks=3, range=54, noise=-72, tgc=0.25, gain=-1),
         "U3": dict(mhz=2.5, depth=120, angle=34, radius=50, axial=0.70, lateral=1.00, looks=2, range=66, noise=-60, tgc=-0.2, gain=2)},
     "xray": {  # field: mm; photons a pixel; blur: pixels; scatter against the direct beam; edge enhancement and gamma of the display
-        "X1": dict(field=310, photons=6e4, blur=0.4, scatter=0.10, sharpen=1.2, gamma=0.9),
-        "X2": dict(field=290, photons=3e4, blur=0.5, scatter=0.20, sharpen=1.8, gamma=1.0),
-        "X3": dict(field=320, photons=1.5e4, blur=0.6, scatter=0.30, sharpen=0.8, gamma=0.8)},
+        "X1": dict(field=310, photons=6e4, blur=0.4, scatter=0.05, sharpen=1.8, gamma=0.8),
+        "X2": dict(field=290, photons=3e4, blur=0.5, scatter=0.10, sharpen=2.4, gamma=0.9),
+        "X3": dict(field=320, photons=1.5e4, blur=0.6, scatter=0.20, sharpen=1.4, gamma=0.7)},
     "ct": {  # field, slice thickness: mm; kernel: mm; noise: HU
         "C1": dict(field=170, thick=5.0, kernel=1.2, noise=8),
         "C2": dict(field=190, thick=2.5, kernel=0.9, noise=14),
         "C3": dict(field=150, thick=1.5, kernel=0.7, noise=20)}}
 
+# %% ../nbs/03_phantom.ipynb #e14f8488
 def _sector(view, scanner, r, phi):
     "Points (..., 3) of a sector at depth `r` and angle `phi`, which broadcast."
     across, down, r, phi = *np.moveaxis(view.axes[..., :2, :], -2, 0), np.asarray(r)[..., None], np.asarray(phi)[..., None]
     return view.origin + (scanner["radius"] + r) * (np.cos(phi) * down + np.sin(phi) * across)
 
+# %% ../nbs/03_phantom.ipynb #c5dffca2
 def _holds(patient, scanner, rng, n):
     "n ways to hold the probe: aim (n, 3), skin (n,) mm away, axes (n, 3, 3), angle of the aim in the sector (n,)."
     ct, inside = load_ct(), _inside("liver")
@@ -239,6 +246,7 @@ def _holds(patient, scanner, rng, n):
     right, down = c * right - s * up, -c * up - s * right
     return aim, skin, np.stack([right, down, np.cross(right, down)], 1), turn, ct.depth[tuple(at.T)]
 
+# %% ../nbs/03_phantom.ipynb #0e56025b
 def _ultrasound_views(patient, scanner, rng, n, tries=120):
     "The n of many holds that show most liver and are not blind to what they aim at: what a sonographer looks for."
     aim, skin, axes, turn, depth = _holds(patient, scanner, rng, tries)
@@ -254,7 +262,7 @@ def _ultrasound_views(patient, scanner, rng, n, tries=120):
     score = ((tissue == _T["liver"]) & ~shadow).mean((1, 2)) - bad + rng.uniform(0, 0.1, tries) + np.minimum(room, 45) / 200
     return [_View("liver", aim[k], axes[k], min(room[k], 45), origin[k]) for k in np.argsort(-score, kind="stable")[:n]]
 
-# %% ../nbs/03_phantom.ipynb #69e9efd0
+# %% ../nbs/03_phantom.ipynb #1b8f0d81
 def speckle(
     amplitude,  # (R, P) strength of the scatterers
     rng,  # numpy Generator
@@ -262,12 +270,14 @@ def speckle(
     lateral: float,  # and across it
 ):  # (R, P) complex64 echo; its mean power is amplitude ** 2
     "Echo of many small scatterers at random places under a Gaussian point spread function: fully developed speckle (Burckhardt 1978)."
-    scatterers = rng.standard_normal((2, *amplitude.shape), dtype=np.float32) * amplitude
-    real, imaginary = (_blur(s, axial, lateral) for s in scatterers)
+    a, b = int(3 * axial) + 1, int(3 * lateral) + 1                                # scatterers go on beyond the border
+    beyond = np.pad(np.asarray(amplitude, np.float32), ((a, a), (b, b)), mode="edge")
+    real, imaginary = (_blur(s * beyond, axial, lateral)[a:-a, b:-b] for s in rng.standard_normal((2, *beyond.shape), dtype=np.float32))
     return np.float32(np.sqrt(2 * np.pi * axial * lateral)) * (real + 1j * imaginary)
 
 def _blur(x, axial, lateral): return ndi.gaussian_filter(np.asarray(x, np.float32), (axial, lateral), mode="nearest", truncate=3)
 
+# %% ../nbs/03_phantom.ipynb #230a9b68
 def _acoustics(patient, lesion, points, rng):
     "Echo (dB), attenuation (dB/cm/MHz), impedance (MRayl) at the sector's `points`; fat makes the liver bright and lossy and hides its vessels."
     at, row, grade = patient.to_ct(points), np.arange(len(TISSUES)), patient.grade
@@ -286,6 +296,7 @@ def _acoustics(patient, lesion, points, rng):
     loss[inside], z[inside] = (0.6, 1.67) if solid else (0.02, 1.53)
     return echo, loss, z
 
+# %% ../nbs/03_phantom.ipynb #fe62bfe5
 def _envelope(echo, loss, impedance, scanner, dr, rng):
     "What comes back to the probe, after time-gain compensation: speckle and mirror-like edges, weakened on the way, plus noise."
     mhz, half = scanner["mhz"], scanner["angle"]
@@ -300,6 +311,7 @@ def _envelope(echo, loss, impedance, scanner, dr, rng):
     looks = [abs(speckle(10 ** ((echo - lost) / 20), rng, axial, lateral) + shine + noise) for _ in range(scanner["looks"])]
     return np.mean(looks, 0) * 10 ** (tgc[:, None] / 20)                           # compounding: several looks, averaged
 
+# %% ../nbs/03_phantom.ipynb #9b995c7d
 def _ultrasound(patient, view, lesion, scanner, rng, size):
     "Echo, envelope, log compression, sector."
     half, radius, depth = np.radians(scanner["angle"]), scanner["radius"], scanner["depth"]
@@ -317,7 +329,7 @@ def _ultrasound(patient, view, lesion, scanner, rng, size):
     picture, mask = (a.reshape(size, 2, size, 2).mean((1, 3)) for a in (fine, mask))
     return picture, mask > 0.5, mm
 
-# %% ../nbs/03_phantom.ipynb #426de22d
+# %% ../nbs/03_phantom.ipynb #045f5127
 def _fill(hu, lesion, points, patient, organ, soft):
     "Blend a lesion into Hounsfield units; its edge is `soft` mm wide. In the lung a cyst is a hole with a wall, a solid lesion a nodule."
     if lesion is None: return hu
@@ -326,6 +338,7 @@ def _fill(hu, lesion, points, patient, organ, soft):
     if lesion.finding == "cyst": return blend(blend(hu, 30, 1), -930, 1 - 4 / size) if organ == "lung" else blend(hu, 8, 1)
     return blend(hu, 40, 1) if organ == "lung" else blend(hu, 68 + 2.5 * patient.contrast, 1)
 
+# %% ../nbs/03_phantom.ipynb #5f8fd794
 def _body_views(organ, axes, patient, scanner, rng, n):
     "n random places in the organ; the picture's middle lies up to 25 mm away."
     at = _inside(organ)[rng.integers(len(_inside(organ)), size=n)]
@@ -349,7 +362,7 @@ def _slice(patient, view, lesion, scanner, rng, size):
     low, width = (-1350, 1500) if view.organ == "lung" else (-90, 300)
     return (hu - low) / width, lesion.rho(flat) < 1 if lesion else 0 * hu, mm
 
-# %% ../nbs/03_phantom.ipynb #a84a3baa
+# %% ../nbs/03_phantom.ipynb #d59ef150
 def line_integrals(
     mu,  # (X, Y, Z) attenuation, per mm
     step: float,  # mm between its points
@@ -362,23 +375,27 @@ def line_integrals(
     with torch.inference_mode(): out = Trilinear()(torch.as_tensor(mu, dtype=torch.float32), start / step, end / step, length, n_points=120)
     return out.numpy().reshape(pixels.shape[:-1])
 
+# %% ../nbs/03_phantom.ipynb #15926d50
 def _xray_views(patient, scanner, rng, n): return _body_views("lung", [[1, 0, 0], [0, 0, -1], [0, 1, 0]], patient, scanner, rng, n)
 
 def _xray(patient, view, lesion, scanner, rng, size):
     "A chest X-ray from the back (PA): direct beam, scatter, photon noise, blur, logarithm, display."
     back, front, pitch = -1450.0, 360.0, scanner["field"] / size * patient.scale.mean()                # source and detector planes, mm a pixel
-    x, z = (181, 180) + rng.uniform(-8, 8, 2)
+    x, z = (181, 172) + rng.uniform(-8, 8, 2)
     source, across = np.array([x + rng.uniform(-60, 60), back, z + rng.uniform(-40, 40)]), (np.arange(size) - (size - 1) / 2) * pitch
     pixels = np.stack(np.broadcast_arrays(x + across, front, z - across[:, None]), -1)
     direct = np.exp(-line_integrals(_attenuation(patient, lesion), 2.5, source - _CORNER, pixels - _CORNER))
     beam = direct + scanner["scatter"] * ndi.gaussian_filter(direct, size / 10)
-    film = -np.log(ndi.gaussian_filter(rng.poisson(scanner["photons"] * beam) + 1.0, scanner["blur"]) / scanner["photons"])
+    counts = scanner["photons"] * beam
+    counts += np.sqrt(counts) * rng.standard_normal(counts.shape)                  # so many that Poisson noise is nearly normal
+    film = -np.log(ndi.gaussian_filter(counts, scanner["blur"]).clip(1) / scanner["photons"])
     film += scanner["sharpen"] * (film - ndi.gaussian_filter(film, size / 20))
-    low, high = np.percentile(film, (2, 99.5))
+    low, high = np.percentile(film[size // 8 : -size // 8, size // 8 : -size // 8], (1, 99.5))
     shrink = (view.aim[1] - back) / (front - back)                                 # a shadow is larger than what casts it
     mask = lesion.rho(source + (pixels - source) * shrink) < 1 if lesion else np.zeros((size, size))
     return ((film - low) / (high - low)).clip(0, 1) ** scanner["gamma"], mask, pitch * shrink
 
+# %% ../nbs/03_phantom.ipynb #5d206724
 _CORNER = np.float32((0, 50, 0))  # mm, where the chest's volume starts
 
 @functools.lru_cache(1)
@@ -399,9 +416,10 @@ def _attenuation(patient, lesion):
         hu[box] = _fill(hu[box], lesion, np.moveaxis(np.mgrid[box], 0, -1) * 2.5 + _CORNER, patient, "lung", 2.5)
     return 0.02 * (1 + hu / 1000).clip(0)
 
-# %% ../nbs/03_phantom.ipynb #9e1dd798
+# %% ../nbs/03_phantom.ipynb #0b21e411
 _ACQUIRE = {"ultrasound": (_ultrasound_views, _ultrasound), "xray": (_xray_views, _xray), "ct": (_ct_views, _slice)}
 
+# %% ../nbs/03_phantom.ipynb #d7cb70b7
 def views(
     modality: str,  # 'ultrasound', 'xray' or 'ct'
     patient: Patient,
@@ -422,6 +440,7 @@ def acquire(
     picture, mask, mm = _ACQUIRE[modality][1](patient, view, lesion, patient.scanner(modality)[1], rng, size)
     return np.round(255 * picture.clip(0, 1)).astype(np.uint8), mask.astype(np.uint8), mm
 
+# %% ../nbs/03_phantom.ipynb #0a558509
 def _pictures(modality, seed, number, n, size):
     "The n pictures of one patient: (picture, mask, row of the table) each; three in four show a lesion when the patient has any."
     patient = Patient(seed, number)
@@ -433,6 +452,7 @@ def _pictures(modality, seed, number, n, size):
         yield picture, mask, (f"{modality[0]}{seed}-{number:03d}-{k:02d}", f"p{number:03d}", patient.scanner(modality)[0], *truth, view.organ,
                               patient.grade if modality == "ultrasound" else -1, round(mm, 4))
 
+# %% ../nbs/03_phantom.ipynb #ebbc47c5
 def build_set(
     modality: str,  # 'ultrasound', 'xray' or 'ct'
     folder,  # an empty folder
