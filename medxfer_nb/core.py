@@ -121,10 +121,12 @@ def seed_everything(
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)  # noqa: NPY002 (libraries still use the global generator)
     return seed
 
-# %% ../nbs/00_core.ipynb #0ee33b87
+# %% ../nbs/00_core.ipynb #0ac7f5ea
 def device() -> torch.device:
     "CUDA, else Apple's MPS, else the CPU; `MEDXFER_DEVICE` overrules."
-    if name := os.environ.get("MEDXFER_DEVICE"): return torch.device(name)
+    if name := os.environ.get("MEDXFER_DEVICE"):
+        try: return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as e: raise MedxferError(f"MEDXFER_DEVICE={name!r} is no device of this machine; try 'cpu'") from e
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 

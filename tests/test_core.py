@@ -245,3 +245,8 @@ def test_show_needs_a_sentence():
 def test_device_can_be_chosen(monkeypatch):
     monkeypatch.setenv("MEDXFER_DEVICE", "cpu")
     assert core.device().type == "cpu"
+
+
+def test_an_unknown_device_is_a_clear_error(monkeypatch):
+    monkeypatch.setenv("MEDXFER_DEVICE", "abacus")
+    with pytest.raises(core.MedxferError, match="MEDXFER_DEVICE='abacus'"): core.device()
