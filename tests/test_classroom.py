@@ -15,7 +15,7 @@ CONVOLVE = """def convolve(image, kernel):
     """
 SIZE, POOL, SWAP = "def size(n, k, stride=1, padding=0): ", "def pool(image, side=2):\n    ", "def swap_head(net, classes):\n    "
 FREEZE, COUNT = "def freeze(net):\n    ", "return sum(p.numel() for p in net.parameters() if p.requires_grad)"
-TRAIN = """def train_head(net, x, y, steps=100, lr=0.5):
+TRAIN = """def train_head(net, x, y, steps=150, lr=0.3):
     {mode}
     optimiser = torch.optim.{optimiser}([p for p in net.parameters() if p.requires_grad], lr)
     for _ in range(steps):
