@@ -118,7 +118,7 @@ def grad_cam(
         why = [_why_blank(*row) for row in zip(raw, seen.activations[0], seen.gradients[0], targets)]
     return Maps(raw.astype(np.float32), np.array(targets), name, tuple(batch.shape[-2:]), why)
 
-# %% ../nbs/13_explain.ipynb #514d0c1a
+# %% ../nbs/13_explain.ipynb #d68ed995
 def _overlay(ax, picture, evidence, mask, top):
     "Evidence over a picture, transparent where there is none, and the outline of the mask."
     ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
@@ -145,7 +145,7 @@ def show_cams(
         image = _overlay(axes[1, i], pictures[i], evidence[i], masks[i], top)
         axes[0, i].set_title(titles[i], fontsize=9)
         axes[1, i].set_title(maps.why[i], fontsize=7)
-    fig.colorbar(image, ax=axes[1], label=f"evidence a cell of {maps.layer} (logits)", aspect=12)
+    fig.colorbar(image, ax=axes, label=f"evidence a cell of {maps.layer} (logits)", aspect=20)
     show(fig, f"{n} pictures, the true region outlined where there is one; below, the same with a heat map of the evidence at {maps.layer}.")
 
 # %% ../nbs/13_explain.ipynb #e37e8f2b
