@@ -139,7 +139,7 @@ def progress(
     "Loop over `items` with a progress bar that a notebook, a terminal and a log can all show."
     return tqdm(items, desc=what, total=total, mininterval=0.5, dynamic_ncols=False, ncols=100, leave=False)
 
-# %% ../nbs/00_core.ipynb #071f0a8e
+# %% ../nbs/00_core.ipynb #c0677dda
 def show(
     fig,  # a matplotlib figure
     alt: str,  # what the figure shows, in a sentence or two
@@ -148,9 +148,11 @@ def show(
     "Display `fig` with an alternative text for readers who cannot see it, and close it."
     from IPython.display import Image, display
     from matplotlib import pyplot as plt
+    from PIL import Image as Pillow
 
     if not alt.strip(): raise MedxferError("show() needs a sentence in alt= that says what the figure shows")
-    with io.BytesIO() as f:
-        fig.savefig(f, dpi=dpi, bbox_inches="tight", facecolor="white")
-        display(Image(f.getvalue(), alt=alt))
+    with io.BytesIO() as drawn, io.BytesIO() as small:
+        fig.savefig(drawn, dpi=dpi, bbox_inches="tight", facecolor="white")
+        Pillow.open(drawn).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+        display(Image(small.getvalue(), alt=alt))
     plt.close(fig)
