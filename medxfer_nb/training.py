@@ -19,7 +19,7 @@ from .backbones import Network
 from .core import MedxferError, atomic_write, device, progress
 from .datasets import ImageSet
 
-# %% ../nbs/06_training.ipynb #e3a030fc
+# %% ../nbs/06_training.ipynb #c679e26a
 def augment(
     x: torch.Tensor,  # a batch (B, 3, H, W)
     generator: torch.Generator,  # the source of chance, on the CPU
@@ -28,16 +28,19 @@ def augment(
     move: float = 0.08,  # of the side at most
     zoom: float = 0.1,  # 0.9 to 1.1
     contrast: float = 0.2,  # 0.8 to 1.2 times, and as much of a standard deviation up or down
-) -> torch.Tensor:
+    masks: torch.Tensor | None = None,  # (B, 1, H, W) masks that move with the pictures
+):  # the new batch; with `masks`, the batch and the moved masks
     "A batch with small random turns, shifts, zooms and changes of brightness and contrast; borders are repeated."
     def chance(): return (torch.rand(len(x), generator=generator) * 2 - 1).to(x.device)
     angle, scale, side = chance() * np.pi * turn / 180, 1 + chance() * zoom, torch.ones(len(x), device=x.device)
     if flip: side = torch.where(chance() < 0, -1.0, 1.0)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     theta = torch.stack([torch.stack([side * cos, -sin, chance() * 2 * move], 1), torch.stack([side * sin, cos, chance() * 2 * move], 1)], 1)
-    x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     gain, shift = ((chance() * contrast).view(-1, 1, 1, 1) for _ in range(2))
-    return (x * (1 + gain) + shift).contiguous(memory_format=torch.channels_last)
+    x = (x * (1 + gain) + shift).contiguous(memory_format=torch.channels_last)
+    return x if masks is None else (x, F.grid_sample(masks, grid, mode="nearest", padding_mode="border", align_corners=False))
 
 # %% ../nbs/06_training.ipynb #ce2e078c
 def loss_function(
