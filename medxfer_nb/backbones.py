@@ -115,7 +115,7 @@ class Network(nn.Module):
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.spec.mean, self.spec.std))
         return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/05_backbones.ipynb #8b29eee5
+# %% ../nbs/05_backbones.ipynb #e1144969
 CLASSIC = ("alexnet", "vgg11", "vgg13", "vgg16", "vgg19", "googlenet", "resnet18", "resnet34", "resnet50", "resnet101",
            "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")  # built by torchvision
 _TAIL = ("neck", "global_pool", "avgpool", "dropout", "classifier", "fc", "head", "aux1", "aux2")
@@ -124,7 +124,7 @@ _TAIL = ("neck", "global_pool", "avgpool", "dropout", "classifier", "fc", "head"
 def list_models(
     pattern: str = "*",  # for timm's names, for instance '*resnet*'
 ) -> list[str]:
-    "All names that `create_model` knows: the small network of lesson 01, the seeds' classics, then timm's."
+    "All names that `create_model` knows: the small network of lesson 01, the classics, then timm's."
     return ["small_cnn", *CLASSIC, *(name for name in timm.list_models(pattern) if name not in CLASSIC)]
 
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from .core import MedxferError
 
-# %% ../nbs/07_metrics.ipynb #0a3a19f2
+# %% ../nbs/07_metrics.ipynb #e77c002b
 def rank_auroc(
     positive,  # (n,) bool
     s,  # (n,) scores, higher means more likely positive
     w,  # (b, n) weights: how often each image counts, in each of b resamples
 ):  # (b,) AUROC of each resample; NaN where it holds no positive or no negative
-    "Weighted AUROC from ranks: the Mann-Whitney statistic divided by the number of pairs (Hanley & McNeil 1982, eq. 1)."
+    "Weighted AUROC from ranks: the Mann-Whitney statistic divided by the number of pairs (Hanley & McNeil 1982)."
     order = np.argsort(s, kind="stable")
     start = np.unique(s[order], return_index=True)[1]  # where each group of tied scores starts
     pos, neg = (np.add.reduceat(w[:, order] * side[order], start, axis=1) for side in (positive, ~positive))
