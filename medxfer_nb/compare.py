@@ -161,11 +161,12 @@ def plot(
 
 Study.__repr__, Study.plot = _report, plot
 
-# %% ../nbs/14_compare.ipynb #f46dc14b
+# %% ../nbs/14_compare.ipynb #bf89718b
 def _key(ds, strategy, *setting):
-    "A fingerprint of everything that a run depends on, except its seed."
+    "A fingerprint of the data and the settings of a run, except its seed."
     rows = ds.table[["id", "group", "split"]].assign(y=ds.target()).to_csv(index=False)
-    return hashlib.sha256(repr((ds.info.name, ds.images.shape, strategy, setting, rows)).encode()).hexdigest()[:12]
+    pixels = hashlib.sha256(np.ascontiguousarray(ds.images)).hexdigest()
+    return hashlib.sha256(repr((ds.info.name, ds.images.shape, pixels, strategy, setting, rows)).encode()).hexdigest()[:12]
 
 
 def _saved(path):
