@@ -99,7 +99,7 @@ def task_loss(
     if not known.any(): return out.sum() * 0
     return _overlap(out[known], y[known].float()) if mask else F.cross_entropy(out[known], y[known].long())
 
-# %% ../nbs/12_multitask.ipynb #d854a2c6
+# %% ../nbs/12_multitask.ipynb #12660466
 def _labels(ds, tasks, side, device):
     "Name -> tensor of labels; masks at the side of the network's pictures."
     y = {}
@@ -112,7 +112,7 @@ def _labels(ds, tasks, side, device):
         if not known.any(): raise MedxferError(f"{ds.info.name}: no picture has a label for {name!r}; leave that task out")
     return y
 
-
+# %% ../nbs/12_multitask.ipynb #bcd03d0e
 @torch.no_grad()
 def _first_maps(net, pictures, k, batch_size=64):
     "The maps of the first `k` stages, computed once."
@@ -120,7 +120,7 @@ def _first_maps(net, pictures, k, batch_size=64):
     parts = [net.maps(net.batch(pictures[i:i + batch_size]), upto=k) for i in range(0, len(pictures), batch_size)]
     return [torch.cat(maps) for maps in zip(*parts)]
 
-
+# %% ../nbs/12_multitask.ipynb #266c7ec1
 def _views(net, pictures, y, flip, generator):
     "New views of the pictures, their masks moved along."
     name = next((n for n, t in net.tasks.items() if t.kind == "segmentation"), None)
@@ -169,7 +169,7 @@ def fit_multitask(
             bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
     return Run(net.eval(), config, pd.DataFrame(history).set_index("epoch"), time.perf_counter() - start)
 
-# %% ../nbs/12_multitask.ipynb #b4be6a6b
+# %% ../nbs/12_multitask.ipynb #1f625c8a
 @torch.inference_mode()
 def predict(
     net: MultiTaskNet,
@@ -186,7 +186,7 @@ def predict(
             parts[name].append(p.cpu().numpy())
     return {name: np.concatenate(p) for name, p in parts.items()}
 
-
+# %% ../nbs/12_multitask.ipynb #d6bde8cc
 def dice(
     p,  # (N, H, W) probabilities of the mask
     masks,  # (N, H, W) true masks

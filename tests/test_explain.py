@@ -8,7 +8,9 @@ from torch import nn
 
 from medxfer_nb.backbones import Network, Spec, create_model
 from medxfer_nb.core import MedxferError, show
+from medxfer_nb.datasets import Task
 from medxfer_nb.explain import Maps, centre_blob, energy_inside, grad_cam, pointing_hits, show_cams, unchanged
+from medxfer_nb.multitask import MultiTaskNet
 
 
 def tiny_net(seed=0, classes=3):
@@ -134,6 +136,14 @@ def test_every_classic(name):
     for layer in (None, net.stage_names[-2]):
         maps = grad_cam(net, x, 1, layer)
         assert maps.raw.shape[0] == 2 and np.isfinite(maps.raw).all() and maps.evidence().shape == (2, 64, 64)
+
+
+def test_a_network_with_two_heads():
+    tasks = {"sick": Task("sick", "binary", ("healthy", "sick")), "mask": Task("mask", "segmentation", ("background", "lesion"))}
+    net, x = MultiTaskNet(tiny_net(), tasks), batch()
+    before = state(net)
+    np.testing.assert_allclose(grad_cam(net, x, 1).raw, by_hand(net, x, [1] * 4, "stages.stage1"), atol=1e-6)
+    assert_same(before, state(net))
 
 
 def test_heat_has_one_scale_and_a_blank_map_stays_blank():
