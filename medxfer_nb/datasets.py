@@ -119,7 +119,7 @@ def split_by_group(
         for name, part in zip(("train", "val", "test"), np.split(ids, cuts)): home |= dict.fromkeys(part.tolist(), name)
     return frame["group"].map(home).to_numpy()
 
-# %% ../nbs/04_datasets.ipynb #78112687
+# %% ../nbs/04_datasets.ipynb #b01ce498
 def few(
     ds: ImageSet,  # usually a training split
     n: int,  # how many labelled pictures
@@ -140,10 +140,13 @@ def shuffled(
     ds: ImageSet,
     seed: int = 0,
 ) -> ImageSet:
-    "The control: the main task's labels permuted within each split, so that there is nothing to learn."
+    "The control: within each split, patients get the labels of other patients, so that there is nothing to learn."
     table, rng = ds.table.copy(), np.random.default_rng(seed)
     columns = list(ds.task.classes) if ds.task.kind == "multilabel" else [ds.task.name]
-    for _, rows in table.groupby("split").groups.items(): table.loc[rows, columns] = table.loc[rng.permutation(rows), columns].to_numpy()
+    for _, part in table.groupby("split"):
+        patients = list(part.groupby("group").groups.values())
+        givers = [rng.permutation(patients[i]) for i in rng.permutation(len(patients))]
+        table.loc[np.concatenate(patients), columns] = table.loc[np.concatenate(givers), columns].to_numpy()
     return replace(ds, table=table)
 
 
@@ -185,7 +188,7 @@ def _phantom(modality, seed=0, size=128, **options):
 _PHANTOM = {"ultrasound": ("simulated liver ultrasound with lesions", "ultrasound (B-mode)"),
             "xray": ("simulated chest X-rays with lung lesions", "X-ray"), "ct": ("slices of a contrast CT with lesions", "CT")}
 
-# %% ../nbs/04_datasets.ipynb #5ad7ce0e
+# %% ../nbs/04_datasets.ipynb #c45b8031
 def _digits(seed=0):
     "MNIST digits; no patients, so each picture is its own group."
     x, y = concepts.digits()
@@ -194,6 +197,7 @@ def _digits(seed=0):
     return ImageSet(x, table, {"digit": Task("digit", "multiclass", tuple("0123456789"))}, info)
 
 
+_MIRROR = {"pathmnist", "dermamnist", "bloodmnist", "tissuemnist", "breastmnist"}  # no left and right in these pictures
 _MEDMNIST_KIND = {"binary-class": "binary", "multi-class": "multiclass", "ordinal-regression": "multiclass",
                   "multi-label, binary-class": "multilabel"}
 
@@ -220,7 +224,8 @@ def _medmnist(flag, root=None, size=28, download=False):
     table.insert(0, "id", [f"{s}{i}" for s, p in parts.items() for i in range(len(p.imgs))])
     table.insert(1, "group", table["id"])
     for name, column in zip(classes if kind == "multilabel" else ("label",), y.T): table[name] = column.astype(int)
-    info = Info(flag, facts["description"].split(".")[0], "MedMNIST", facts["license"], facts["url"], "patients unknown: each picture counts as one")
+    note = "patients unknown: each picture counts as one"
+    info = Info(flag, facts["description"].split(".")[0], "MedMNIST", facts["license"], facts["url"], note, flag in _MIRROR)
     return ImageSet(np.concatenate([p.imgs for p in parts.values()]), table, {"label": Task("label", kind, classes)}, info)
 
 

@@ -134,7 +134,7 @@ def _own_chance(seed):
         torch.manual_seed(seed)
         yield torch.Generator().manual_seed(seed)
 
-# %% ../nbs/06_training.ipynb #f2fbf4b7
+# %% ../nbs/06_training.ipynb #d1d48b41
 def _groups(net, lr):
     "Optimiser groups: `lr` for all trainable weights, or `[(parameters, lr), ...]`."
     groups = lr if isinstance(lr, list) else [(net.parameters(), lr)]
@@ -172,7 +172,8 @@ def fit(
 ) -> Run:
     "Train a classifier on the main task of `train`."
     (pictures, y), loss_of, start = _labelled(train), loss_function(train.task.kind), time.perf_counter()
-    config = dict(backbone=net.spec.name, data=train.info.name, n=len(y), epochs=epochs, batch_size=batch_size, augmented=augmented, seed=seed)
+    config = dict(backbone=net.spec.name, data=train.info.name, n=len(y), epochs=epochs, batch_size=batch_size, augmented=augmented, seed=seed,
+                  weight_decay=weight_decay, trained=sum(p.numel() for p in net.parameters() if p.requires_grad))
     optimiser = torch.optim.AdamW(_groups(net, lr), weight_decay=weight_decay)
     rates = [g["lr"] for g in optimiser.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, max(epochs * -(-len(y) // batch_size), 2), pct_start=0.3)

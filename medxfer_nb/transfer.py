@@ -102,19 +102,18 @@ def rates(
     body = [(list(part.parameters()), phase.lr * phase.body * phase.decay**depth) for part, depth in parts]
     return [(list(net.head.parameters()), phase.lr), *body]
 
-# %% ../nbs/08_transfer.ipynb #115722b0
+# %% ../nbs/08_transfer.ipynb #0712e316
 def fit_probe(
     net: Network,  # its head is replaced
     train: ImageSet,
-    penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),  # values of C to choose from; a larger one is a weaker penalty
+    penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),  # values of C to choose from (larger is weaker); too few patients: the middle one
 ) -> Run:
     "Feature extraction: logistic regression on the frozen features, written into the head."
     if train.task.kind not in ("binary", "multiclass"): raise MedxferError(f"fit_probe needs one class a picture, not a {train.task.kind} task")
     start, x, y = time.perf_counter(), extract(net, train.images).numpy(), train.target()
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    folds = min(5, *np.unique(y, return_counts=True)[1], len(np.unique(train.groups)))
-    if folds > 1:
-        search = GridSearchCV(model, {"logisticregression__C": penalties}, scoring="neg_log_loss", cv=_folds(folds, x, y, train.groups))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=penalties[len(penalties) // 2], max_iter=2000))
+    if folds := _folds(x, y, train.groups):
+        search = GridSearchCV(model, {"logisticregression__C": penalties}, scoring="neg_log_loss", cv=folds)
         model.set_params(**search.fit(x, y).best_params_)
     _write_head(net, model.fit(x, y))
     loss = -np.log(model.predict_proba(x)[np.arange(len(y)), y]).mean()
@@ -122,10 +121,12 @@ def fit_probe(
     return Run(net, config, pd.DataFrame(dict(loss=[loss]), index=pd.Index([1], name="epoch")), time.perf_counter() - start)
 
 
-def _folds(k, x, y, groups):
-    "Splits by patient that have every class on the training side."
+def _folds(x, y, groups):
+    "At most five splits by patient with every class on both sides; none if there are too few pictures or patients."
+    k = min(5, *np.unique(y, return_counts=True)[1], len(np.unique(groups)))
+    if k < 2: return []
     splits = StratifiedGroupKFold(k, shuffle=True, random_state=0).split(x, y, groups)
-    return [(a, b) for a, b in splits if len(set(y[a])) == len(set(y)) == len(set(y[b]))] or [(np.arange(len(y)),) * 2]
+    return [(a, b) for a, b in splits if len(set(y[a])) == len(set(y)) == len(set(y[b]))]
 
 
 def _write_head(net, model):

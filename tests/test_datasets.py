@@ -66,6 +66,12 @@ def test_shuffled_keeps_pictures_and_counts_but_breaks_the_link():
     for s in ("train", "val", "test"): assert null.split(s).target().sum() == ds.split(s).target().sum()
 
 
+def test_shuffled_moves_the_labels_of_a_patient_together():
+    ds = random_set(n=80, patients=20)
+    ds.table["label"] = (ds.table["group"] % 2).to_numpy()
+    assert ds.shuffled(3).table.groupby("group")["label"].nunique().max() == 1
+
+
 def test_openings_are_counted_by_all_parts_together():
     ds = random_set()
     ds.shuffled(0).split("test"); ds.split("test")

@@ -62,6 +62,11 @@ def test_probe_equals_scikit_learn(classes):
     np.testing.assert_allclose(run.predict_proba(train), sk.predict_proba(x), atol=1e-4)
 
 
+def test_probe_on_too_few_patients_takes_the_middle_penalty():
+    train = random_set()
+    assert fit_probe(source(), train.take([np.argmax(train.target() == k) for k in (0, 1)])).config["C"] == 1e-2
+
+
 @pytest.mark.parametrize("upto, frozen", [(None, 0), ("stem", 1), ("stage2", 3), ("neck", 4)])
 def test_freeze_freezes_all_up_to_a_stage(upto, frozen):
     net = freeze(freeze(source(), "neck"), upto)
