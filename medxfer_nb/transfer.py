@@ -102,7 +102,7 @@ def rates(
     body = [(list(part.parameters()), phase.lr * phase.body * phase.decay**depth) for part, depth in parts]
     return [(list(net.head.parameters()), phase.lr), *body]
 
-# %% ../nbs/08_transfer.ipynb #0712e316
+# %% ../nbs/08_transfer.ipynb #00c560fc
 def fit_probe(
     net: Network,  # its head is replaced
     train: ImageSet,
@@ -133,7 +133,7 @@ def _write_head(net, model):
     "Write a fitted scaler and logistic regression into a linear head that computes the same."
     scaler, regression = model[0], model[-1]
     w, b = regression.coef_ / scaler.scale_, regression.intercept_ - (regression.coef_ / scaler.scale_) @ scaler.mean_
-    if len(w) == 1: w, b = np.stack([np.zeros_like(w[0]), w[0]]), np.array([0.0, b[0]])  # two classes: the odds of the second
+    if len(w) == 1: w, b = np.stack([-w[0], w[0]]) / 2, np.array([-b[0], b[0]]) / 2  # two classes: what speaks for one speaks against the other
     net.reset_classifier(len(w))
     with torch.no_grad():
         for own, value in ((net.head.weight, w), (net.head.bias, b)): own.copy_(torch.tensor(value))

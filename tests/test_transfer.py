@@ -62,6 +62,11 @@ def test_probe_equals_scikit_learn(classes):
     np.testing.assert_allclose(run.predict_proba(train), sk.predict_proba(x), atol=1e-4)
 
 
+def test_probe_of_two_classes_gives_evidence_for_both():
+    head = fit_probe(source(), random_set()).net.head
+    assert torch.equal(head.weight[0], -head.weight[1]) and head.weight.any()
+
+
 def test_probe_on_too_few_patients_takes_the_middle_penalty():
     train = random_set()
     assert fit_probe(source(), train.take([np.argmax(train.target() == k) for k in (0, 1)])).config["C"] == 1e-2
