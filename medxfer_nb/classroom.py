@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['tasks', 'student_copy', 'Grade', 'grade', 'grade_folder']
 
-# %% ../nbs/18_classroom.ipynb #a2282b74
-import copy, logging, tempfile
+# %% ../nbs/18_classroom.ipynb #51762761
+import copy, logging, os, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import pandas as pd
@@ -62,7 +63,7 @@ def student_copy(
                          steps.ClearHiddenTests(), steps.ComputeChecksums())
     except RuntimeError as e: raise MedxferError(f"the marks of the exercise are not right: {e}") from e
 
-# %% ../nbs/18_classroom.ipynb #2d7fe435
+# %% ../nbs/18_classroom.ipynb #49fb5848
 @dataclass
 class Grade:
     "Points and messages by task; its text is the feedback for the student."
@@ -82,7 +83,8 @@ class Grade:
 def _restore(nb, source, folder):
     "Put the marks and the test cells of `source` back into `nb`: what was changed, and what was deleted; marks that are not in `source` go."
     names = dict(notebook="exercise", assignment="exercise", student="student", db_url=f"sqlite:///{folder}/gradebook.db")
-    with Gradebook(names["db_url"]) as book: book.add_assignment("exercise")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # nbgrader calls alembic, which stands beside Python
+    with patch.dict(os.environ, PATH=path), Gradebook(names["db_url"]) as book: book.add_assignment("exercise")
     _through(source, {"nbgrader": names}, steps.ComputeChecksums(), steps.SaveCells())
     marks = {c.metadata.nbgrader["grade_id"]: c.metadata.nbgrader for c in source.cells if "nbgrader" in c.metadata}
     for cell in nb.cells:

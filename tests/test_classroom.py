@@ -102,6 +102,12 @@ def test_solved_has_full_marks_and_untouched_has_none(path):
     assert untouched.total == 0 and set(untouched.messages) == set(tasks(path)) and "NotImplementedError" in str(untouched)
 
 
+@pytest.fixture(autouse=True)
+def no_virtual_environment_on_the_path(monkeypatch):
+    "As for who calls .venv/bin/jupyter or make without activating .venv."
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+
 def test_a_mistake_costs_its_own_task_only():
     path = EXERCISES[-1]
     name, source = WRONG[path.stem][4]
