@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _HOME = {  # name -> the module that holds it
     "MedxferError": "core", "seed_everything": "core", "show": "core",
     "read_image": "images",
-    "load": "datasets", "list_datasets": "datasets", "ImageSet": "datasets",
+    "load": "datasets", "list_datasets": "datasets", "ImageSet": "imageset",
     "create_model": "backbones", "list_models": "backbones",
     "score": "metrics",
     "transfer": "strategies", "STRATEGIES": "transfer",

@@ -1,27 +1,17 @@
-"Data sets: splits by patient, small draws, folders, and what goes wrong with files."
+"Data sets: the phantom, MedMNIST, folders, MURA's tree, studies, and what goes wrong with files."
 import errno
 import os
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from medxfer_nb import datasets
 from medxfer_nb.core import MedxferError
-from medxfer_nb.datasets import ImageSet, Info, Task, leaks, list_datasets, load, split_by_group
-
-
-def random_set(n=60, patients=20, classes=2, seed=0):
-    rng = np.random.default_rng(seed)
-    group = np.arange(n) % patients
-    y = rng.integers(0, classes, n)
-    table = pd.DataFrame(dict(id=range(n), group=group, split=split_by_group(group, y), label=y))
-    images = rng.integers(0, 255, (n, 28, 28), dtype=np.uint8)
-    kind = "binary" if classes == 2 else "multiclass"
-    return ImageSet(images, table, {"label": Task("label", kind, tuple(map(str, range(classes))))}, Info("random", "noise", "none", "CC0", "here"))
+from medxfer_nb.datasets import by_study, list_datasets, load, medmnist_info
+from medxfer_nb.imageset import Task, coarse_target, leaks, split_by_group
 
 
 def write(path, value):
@@ -33,50 +23,6 @@ def folder_of(tmp_path, a=6, b=6, base=10):
     for i in range(a): write(tmp_path / "a" / f"p{i // 2}_{i}.png", base + i)
     for i in range(b): write(tmp_path / "b" / f"q{i // 2}_{i}.png", base + 100 + i)
     return tmp_path
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 2)), min_size=1, max_size=80), st.integers(0, 99))
-def test_no_patient_is_ever_in_two_splits(rows, seed):
-    groups, labels = np.array(rows).T
-    split = split_by_group(groups, labels, seed=seed)
-    assert pd.DataFrame(dict(g=groups, s=split)).groupby("g")["s"].nunique().max() == 1 and set(split) <= {"train", "val", "test"}
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 60), st.integers(2, 5), st.integers(0, 99))
-def test_few_is_balanced_and_nested(n, classes, seed):
-    ds = random_set(classes=classes)
-    counts = np.bincount(ds.target(), minlength=classes)
-    drawn = np.bincount(ds.few(n, seed).target(), minlength=classes)
-    assert drawn.sum() == n and all(d == c or d >= drawn.max() - 1 for d, c in zip(drawn, counts))  # short only where the class is used up
-    assert set(ds.few(max(1, n // 2), seed).table["id"]) <= set(ds.few(n, seed).table["id"])
-
-
-def test_few_never_draws_a_picture_without_a_label():
-    ds = random_set()
-    ds.table.loc[:29, "label"] = -1
-    assert set(ds.few(30).table["id"]) == set(range(30, 60))
-    with pytest.raises(MedxferError, match="30 labelled"): ds.few(31)
-
-
-def test_shuffled_keeps_pictures_and_counts_but_breaks_the_link():
-    ds = random_set()
-    null = ds.shuffled(1)
-    assert np.array_equal(null.images, ds.images) and (null.target() != ds.target()).any()
-    for s in ("train", "val", "test"): assert null.split(s).target().sum() == ds.split(s).target().sum()
-
-
-def test_shuffled_moves_the_labels_of_a_patient_together():
-    ds = random_set(n=80, patients=20)
-    ds.table["label"] = (ds.table["group"] % 2).to_numpy()
-    assert ds.shuffled(3).table.groupby("group")["label"].nunique().max() == 1
-
-
-def test_openings_are_counted_by_all_parts_together():
-    ds = random_set()
-    ds.shuffled(0).split("test"); ds.split("test")
-    assert ds.openings["test"] == 2 and "test opened 2 times" in repr(ds)
 
 
 def test_folder_is_read_and_patients_kept_together(tmp_path):
@@ -137,8 +83,21 @@ def test_a_patient_in_two_given_splits_is_named_whatever_the_name(tmp_path):
     with pytest.raises(MedxferError, match="are of the same patient 'imagea' in two splits"): load(tmp_path, size=16, patient=r"(\w+)_")
 
 
+def draw_quickly(monkeypatch, cache):
+    "Let the phantom be four black pictures of four patients, built into `cache`."
+    columns = dict(id=list("abcd"), group=list("abcd"), scanner="C1", finding=["none", "cyst", "solid", "cyst"], diameter_mm=["", 3, 4, 5],
+                   shape=["", "round", "oval", "round"], organ="liver", echo_grade="", spacing_mm=1)
+
+    def build(modality, folder, **options):
+        pd.DataFrame(columns).to_csv(folder / "table.csv", index=False)
+        for name in ("images", "masks"): np.save(folder / f"{name}.npy", np.zeros((4, 8, 8), np.uint8))
+
+    monkeypatch.setenv("MEDXFER_CACHE", str(cache))
+    monkeypatch.setattr(datasets.phantom, "build_set", build)
+
+
 def test_a_new_version_of_the_phantom_clears_the_old_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
+    draw_quickly(monkeypatch, tmp_path)
 
     def version(name, **options):
         monkeypatch.setattr(datasets, "_code_key", lambda *modules: name)
@@ -207,3 +166,132 @@ def test_full_disk_while_the_phantom_is_built_leaves_no_half(tmp_path, monkeypat
     monkeypatch.setattr(datasets.phantom, "build_set", full)
     with pytest.raises(MedxferError, match="disk is full"): load("phantom/ct")
     assert not [p for p in (tmp_path / "phantom").iterdir() if p.is_dir()]
+
+
+def test_every_medmnist_set_names_how_its_pictures_were_made():
+    assert set(datasets._MODALITY) == set(medmnist_info())
+    words = {"X-Ray": "X-ray", "ultrasound": "ultrasound", "(CT)": "CT", "dermatoscop": "skin", "fundus": "eye", "coherence": "eye",
+             "histolog": "microscopy", "cells": "microscopy"}
+    for flag, facts in medmnist_info().items():
+        for word, modality in words.items():
+            if word in facts["description"]: assert datasets._MODALITY[flag].startswith(modality), flag
+
+
+def test_medmnist_keeps_its_modality(tmp_path):
+    parts = {f"{s}_images": np.zeros((2, 28, 28), np.uint8) for s in ("train", "val", "test")}
+    np.savez(tmp_path / "breastmnist.npz", **parts, **{f"{s}_labels": np.array([[0], [1]]) for s in ("train", "val", "test")})
+    assert load("breastmnist", root=tmp_path).info.modality == "ultrasound"
+
+
+# --- MURA's tree ---
+
+
+def tree(root, train=20, valid=6, parts=("WRIST", "ELBOW")):
+    "A patient has two studies of each body part, one positive and one negative, of two views each; every picture is of its own."
+    value = 0
+    for n in range(train + valid):
+        side = "train" if n < train else "valid"
+        for part in parts:
+            for study, word in enumerate(("positive", "negative"), 1):
+                for view in (1, 2):
+                    picture = np.zeros((20, 16), np.uint8)
+                    picture[0, :2] = divmod(value := value + 1, 256)
+                    path = root / side / f"XR_{part}" / f"patient{n + 1:05d}" / f"study{study}_{word}" / f"image{view}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(picture).save(path)
+    return root
+
+
+def test_mura_tells_all_by_its_paths(tmp_path):
+    ds = load(tree(tmp_path / "MURA-v1.1"), size=20)
+    row = ds.table.set_index("id").loc["train/XR_WRIST/patient00001/study1_positive/image2.png"]
+    assert row[["group", "abnormal", "body_part", "study"]].tolist() == ["patient00001", 1, "wrist", "XR_WRIST/patient00001/study1_positive"]
+    assert len(ds) == 208 and ds.target().sum() == 104 and ds.table["study"].nunique() == 104
+    assert ds.task == Task("abnormal", "binary", ("normal", "abnormal"))
+
+
+def test_mura_s_valid_is_the_test_part_and_val_comes_from_train(tmp_path):
+    table = load(tree(tmp_path), size=20).table
+    assert set(table.loc[table["id"].str.startswith("valid/"), "split"]) == {"test"}
+    assert table[table["id"].str.startswith("train/")].groupby("split")["group"].nunique().to_dict() == {"train": 17, "val": 3}
+    assert table.groupby("group")["split"].nunique().max() == 1
+
+
+def test_patients_of_mura_who_share_a_picture_are_on_one_side(tmp_path):
+    tree(tmp_path)
+    for n in range(2, 21): shutil.copy(tmp_path / "train/XR_WRIST/patient00001/study1_positive/image1.png",
+                                       tmp_path / f"train/XR_WRIST/patient{n:05d}/study1_positive/copy.png")
+    assert set(load(tmp_path, size=20).table["split"]) == {"train", "test"}       # all twenty are one
+
+
+def test_mura_by_body_part_and_what_stands_beside_the_pictures(tmp_path):
+    tree(tmp_path)
+    (tmp_path / "train_image_paths.csv").write_text("not needed")
+    (tmp_path / "train/XR_WRIST/patient00001/study1_positive/._image1.png").write_bytes(b"left by a Mac")
+    ds = load(tmp_path, body_part="wrist", size=20)
+    assert set(ds.table["body_part"]) == {"wrist"} and len(ds) == 104
+
+
+def test_an_unreadable_view_of_mura_is_left_out(tmp_path, capsys):
+    bad = tree(tmp_path) / "train/XR_ELBOW/patient00002/study2_negative/image1.png"
+    bad.write_bytes(b"nothing")
+    ds = load(tmp_path, size=20)
+    assert len(ds) == 207 and "image1.png" in capsys.readouterr().out
+    values = ds.images[:, 0, 2].astype(int) * 256 + ds.images[:, 0, 3]              # 20 x 16 is padded by two columns on each side
+    assert len(set(values)) == 207 and all(f"patient{(v - 1) // 8 + 1:05d}" == g for v, g in zip(values, ds.groups))
+
+
+def test_only_one_side_of_mura_s_tree(tmp_path):
+    shutil.rmtree(tree(tmp_path / "a") / "train")
+    assert set(load(tmp_path / "a", size=20).table["split"]) == {"test"}
+    shutil.rmtree(tree(tmp_path / "b") / "valid")
+    assert set(load(tmp_path / "b", size=20).table["split"]) == {"train", "val"}
+
+
+def unclear(root): (root / "train/XR_WRIST/patient00003/study1_positive").rename(root / "train/XR_WRIST/patient00003/study1_unclear")
+def loose(root): shutil.copy(root / "train/XR_WRIST/patient00003/study1_positive/image1.png", root / "train/XR_WRIST/image1.png")
+
+
+@pytest.mark.parametrize("spoil, options, words", [
+    (unclear, {}, "train/XR_WRIST/patient00003/study1_unclear/image1.png ends in neither _positive nor _negative"),
+    (loose, {}, "train/XR_WRIST/image1.png does not lie in a study; expected MURA's tree"),
+    (lambda root: shutil.rmtree(root / "train/XR_WRIST"), dict(body_part="knee"), "unknown body part 'knee'; known: elbow, wrist"),
+    (lambda root: None, dict(body_part="wirst"), "did you mean 'wrist'"),
+])
+def test_a_spoilt_tree_of_mura_is_refused(tmp_path, spoil, options, words):
+    spoil(tree(tmp_path))
+    with pytest.raises(MedxferError, match=words): load(tmp_path, size=20, **options)
+
+
+def test_a_tree_of_mura_without_pictures_is_refused(tmp_path):
+    (tmp_path / "train" / "XR_WRIST" / "patient00001").mkdir(parents=True)
+    with pytest.raises(MedxferError, match="holds no picture; expected MURA's tree"): load(tmp_path)
+
+
+# --- studies ---
+
+
+def test_by_study_is_the_mean_of_the_views(tmp_path):
+    test = load(tree(tmp_path), size=20).split("test")
+    p = np.random.default_rng(0).dirichlet((1, 1), len(test))
+    studies = by_study(p, test)
+    for name, row in studies.iterrows():
+        views = [i for i, s in enumerate(test.table["study"]) if s == name]
+        assert row["views"] == len(views) == 2 and row["group"] in name and row["y"] == name.endswith("positive")
+        assert np.allclose(row[["normal", "abnormal"]].astype(float), sum(p[i] for i in views) / 2)
+    assert len(studies) == 24 and np.array_equal(by_study(p.tolist(), test), studies)
+
+
+def test_by_study_refuses_what_it_cannot_put_together(tmp_path):
+    ds = load(tree(tmp_path, 4, 1), size=20)
+    with pytest.raises(MedxferError, match="has the shape"): by_study(np.ones((3, 2)), ds)
+    with pytest.raises(MedxferError, match="no column 'study'"): by_study(np.ones((5000, 10)), load("digits"))
+    ds.table.loc[0, "abnormal"] = 1 - ds.table.loc[0, "abnormal"]
+    with pytest.raises(MedxferError, match="differ in their answers"): by_study(np.ones((len(ds), 2)), ds)
+
+
+def test_the_phantom_s_coarse_answer_follows_from_the_fine_one(monkeypatch, tmp_path):
+    draw_quickly(monkeypatch, tmp_path)
+    ds = load("phantom/ct")
+    assert ds.target("finding").tolist() == [0, 1, 2, 1] and ds.target("lesion").tolist() == [0, 1, 1, 1]
+    assert np.array_equal(coarse_target(ds.tasks["finding"], ds.target("finding")), ds.coarsened("finding", "lesion").target())
