@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from medxfer_nb.backbones import create_model
-from medxfer_nb.datasets import ImageSet, Info, Task
+from medxfer_nb.imageset import ImageSet, Info, Task
 from medxfer_nb.training import fit
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from .backbones import create_model
 from .core import MedxferError, choose
-from .datasets import ImageSet
+from .imageset import ImageSet
 from .layerwise import fit_layerwise
 from .metrics import auroc, balanced_accuracy, score
 from .training import augment, fit, predict_proba

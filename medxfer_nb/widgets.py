@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .core import MedxferError, cache_dir, cached, progress
-from .datasets import ImageSet
+from .imageset import ImageSet
 from .metrics import auroc, score
 
 # %% ../nbs/27_widgets.ipynb #3f73c576

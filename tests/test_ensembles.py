@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from medxfer_nb.backbones import create_model, extract
 from medxfer_nb.core import MedxferError
-from medxfer_nb.datasets import ImageSet, Info, Task
 from medxfer_nb.ensembles import (
     RULES,
     Ensemble,
@@ -33,6 +32,7 @@ from medxfer_nb.ensembles import (
     refresh_bn,
     walk_line,
 )
+from medxfer_nb.imageset import ImageSet, Info, Task
 from medxfer_nb.training import fit, predict_proba
 from medxfer_nb.transfer import fit_probe
 

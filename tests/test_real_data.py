@@ -1,7 +1,8 @@
 "Two real sets, with the figures that the issue asks for. Skipped without MEDXFER_DATA."
 import pytest
 
-from medxfer_nb.datasets import leaks, load
+from medxfer_nb.datasets import load
+from medxfer_nb.imageset import leaks
 from medxfer_nb.metrics import auroc, score
 from medxfer_nb.transfer import transfer
 
