@@ -121,7 +121,7 @@ def _missing(flag, root, size):
     licence = medmnist_info()[flag]["license"]
     return f"{root / file} is {state}: load({flag!r}, download=True) fetches it ({licence}), or pass root= the folder that holds it"
 
-# %% ../nbs/06_datasets.ipynb #d9d0eac3
+# %% ../nbs/06_datasets.ipynb #22c63051
 def _files(root, expected):
     "The pictures below a folder; hidden files are none."
     files = sorted(p for p in root.rglob("[!.]*") if p.is_file() and p.name.lower().endswith(tuple(READERS)))
@@ -135,7 +135,7 @@ def _read(files, size):
     colour = any(p.ndim == 3 for p in read.values())
     return list(read), np.stack([np.repeat(p[..., None], 3, 2) if colour and p.ndim == 2 else p for p in read.values()])
 
-
+# %% ../nbs/06_datasets.ipynb #b0a44232
 def _find(root):
     "The pictures below a folder, how deep the class stands in their paths, and the names of the classes."
     files = _files(root, "one sub-folder a class")
@@ -145,7 +145,7 @@ def _find(root):
     if len(classes) < 2: raise MedxferError(f"{root} holds the classes {classes}; a classifier needs at least two sub-folders with pictures")
     return files, depth, tuple(classes)
 
-
+# %% ../nbs/06_datasets.ipynb #69642174
 def _patients(paths, prints, pattern):
     "The patient of each file: the pattern's first group in its name; without a pattern, identical pictures are one patient."
     if not pattern: return [f"image{i}" for i in pd.factorize(prints)[0]]
@@ -185,7 +185,7 @@ def _folder(root, size=224, patient=None, seed=0):
     info = Info(root.name, f"pictures in the folder {root.name}", "unknown", "the owner's", "a local folder", note)
     return ImageSet(images, table, {"label": Task("label", "binary" if len(classes) == 2 else "multiclass", classes)}, info)
 
-# %% ../nbs/06_datasets.ipynb #54fd2124
+# %% ../nbs/06_datasets.ipynb #436bbb70
 _VIEW = re.compile(r"(?P<split>train|valid)/XR_(?P<body_part>\w+)/(?P<group>patient\w+)/study[^/]*_(?P<word>[^/_]+)/[^/]+")
 _WORDS = ("negative", "positive")
 
@@ -201,17 +201,19 @@ def _views(root):
     table = pd.DataFrame([m.groupdict() for m in found]).assign(id=paths, study=[p.split("/", 1)[1].rsplit("/", 1)[0] for p in paths])
     return table.assign(body_part=table["body_part"].str.lower(), abnormal=[_WORDS.index(w) for w in table["word"]])
 
-
+# %% ../nbs/06_datasets.ipynb #94a86a2a
 def _mura(root, body_part=None, size=224, seed=0):
     "MURA's tree: the official `valid` is the test part, and validation patients are drawn from `train`."
     table = _views(root)
+    train = table[table["split"] == "train"]
+    home = dict(zip(train["group"], split_by_group(train["group"], train["abnormal"], (0.85, 0.15, 0), seed)))
     if body_part: table = table[table["body_part"] == choose(body_part, sorted(table["body_part"].unique()), "body part")]
     files, images = _read([root / i for i in table["id"]], size)
     table = table.set_index("id").loc[[f.relative_to(root).as_posix() for f in files]].reset_index()
-    train = table["split"] == "train"
+    train = (table["split"] == "train").to_numpy()
     together = linked(table["group"][train], fingerprints(images[train]))
     table["split"] = "test"
-    table.loc[train, "split"] = split_by_group(together, table["abnormal"][train].to_numpy(), (0.85, 0.15, 0), seed)
+    table.loc[train, "split"] = [home[patient] for patient in together]
     info = Info(root.name, "X-rays in MURA's tree", "X-ray", "MURA's research use agreement: not to be passed on, not for commerce",
                 "Stanford ML Group", "label of the study, not of the view; val drawn from train by patient, test is the official valid", flip=True)
     table = table[["id", "group", "split", "abnormal", "body_part", "study"]]

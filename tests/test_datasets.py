@@ -221,7 +221,16 @@ def test_patients_of_mura_who_share_a_picture_are_on_one_side(tmp_path):
     tree(tmp_path)
     for n in range(2, 21): shutil.copy(tmp_path / "train/XR_WRIST/patient00001/study1_positive/image1.png",
                                        tmp_path / f"train/XR_WRIST/patient{n:05d}/study1_positive/copy.png")
-    assert set(load(tmp_path, size=20).table["split"]) == {"train", "test"}       # all twenty are one
+    table = load(tmp_path, size=20).table
+    assert table[table["id"].str.startswith("train/")]["split"].nunique() == 1       # all twenty are one
+
+
+def test_validation_patients_of_mura_are_the_same_for_every_body_part(tmp_path):
+    shutil.rmtree(tree(tmp_path) / "train/XR_ELBOW/patient00001")
+    home = load(tmp_path, size=20).table.groupby("group")["split"].first()
+    for part in ("elbow", "wrist"):
+        table = load(tmp_path, size=20, body_part=part).table
+        assert table["split"].tolist() == home[table["group"]].tolist() and set(table["split"]) == {"train", "val", "test"}
 
 
 def test_mura_by_body_part_and_what_stands_beside_the_pictures(tmp_path):
