@@ -23,9 +23,10 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from .backbones import Network, Provenance
+from .backbones import Provenance
+from .surgery import Network
 from .core import MedxferError, choose, progress
-from .datasets import ImageSet
+from .imageset import ImageSet
 from .training import predict_proba
 
 # %% ../nbs/19_ensembles.ipynb #da6c8fca

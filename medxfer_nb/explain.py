@@ -17,7 +17,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 from torch.nn import functional as F
 
-from .backbones import Network
+from .surgery import Network
 from .core import MedxferError, choose, show
 
 # %% ../nbs/22_explain.ipynb #74e7a356

@@ -18,7 +18,8 @@ from scipy.stats import permutation_test, weightedtau
 from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import nn
 
-from .backbones import Network, create_model
+from .backbones import create_model
+from .surgery import Network
 from .core import MedxferError, choose
 
 # %% ../nbs/20_reuse.ipynb #438e48e4

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from medxfer_nb.backbones import Network, Spec, create_model
+from medxfer_nb.backbones import create_model
 from medxfer_nb.core import MedxferError, show
-from medxfer_nb.datasets import Task
 from medxfer_nb.explain import Maps, centre_blob, energy_inside, grad_cam, pointing_hits, show_cams, unchanged
+from medxfer_nb.imageset import Task
 from medxfer_nb.multitask import MultiTaskNet
+from medxfer_nb.surgery import Network, Spec
 
 
 def tiny_net(seed=0, classes=3):

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from medxfer_nb.backbones import Network, Spec, create_model
+from medxfer_nb.backbones import create_model
 from medxfer_nb.core import MedxferError
-from medxfer_nb.datasets import ImageSet, Info, Task
+from medxfer_nb.imageset import ImageSet, Info, Task
 from medxfer_nb.metrics import auroc
 from medxfer_nb.multitask import UNKNOWN, MultiTaskNet, dice, fit_multitask, predict, task_loss
+from medxfer_nb.surgery import Network, Spec
 from medxfer_nb.training import augment, predict_proba
 
 TASKS = {"sick": Task("sick", "binary", ("healthy", "sick")), "kind": Task("kind", "multiclass", ("none", "round", "square")),

@@ -10,10 +10,10 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from medxfer_nb.backbones import Network, Spec
 from medxfer_nb.core import MedxferError
-from medxfer_nb.datasets import ImageSet, Info, Task
+from medxfer_nb.imageset import ImageSet, Info, Task
 from medxfer_nb.metrics import auroc, score
+from medxfer_nb.surgery import Network, Spec
 from medxfer_nb.widgets import CamExplorer, FreezeExplorer, linear_probe, pool_stages, probe_grid, stage_features
 
 
