@@ -14,10 +14,11 @@ from monai.metrics import compute_dice
 from torch import nn
 from torch.nn import functional as F
 
-from .backbones import Network
+from .surgery import Network
 from .core import MedxferError, choose, show
-from .datasets import ImageSet, Task
-from .training import Loop, Run, augment, frozen_stages
+from .imageset import ImageSet, Task
+from .loop import Loop, Run
+from .training import augment, frozen_stages
 
 # %% ../nbs/21_multitask.ipynb #755a7279
 class MaskHead(nn.Module):
@@ -136,16 +137,17 @@ def fit_multitask(
     augmented: bool = True,  # new views each epoch; False computes frozen stages once
     checkpoint=None,  # a file: resumed from if it is there, and kept up to date
     what: str = "training",  # a word for the progress bar
-    **options,  # of `training.Loop`: batch_size, weight_decay, seed, callbacks, ...
+    **options,  # of `loop.Loop`: batch_size, weight_decay, seed, callbacks, ...
 ) -> Run:  # its history has a column a task
     "Train all heads and what is not frozen of the trunk on the weighted sum of the tasks' losses."
     side, tasks = net.spec.size, net.tasks
     for name in weights or {}: choose(name, tasks, "task")
     weight = dict.fromkeys(tasks, 1.0) | (weights or {})
     y = _labels(train, tasks, side, net.head.weight.device)
+    first = [] if augmented else _first_maps(net, train.images, frozen_stages(net))
 
     def sum_of_losses(loop, rows):
-        labels, x, maps = {name: v[rows] for name, v in y.items()}, None, [m[rows] for m in loop.first]
+        labels, x, maps = {name: v[rows] for name, v in y.items()}, None, [m[rows] for m in first]
         if augmented: x, labels = _views(net, train.images[rows.numpy()], labels, train.info.flip, loop.generator)
         elif not maps: x = net.batch(train.images[rows.numpy()])
         outputs = net.outputs(x, maps, (side, side))
@@ -154,9 +156,7 @@ def fit_multitask(
         return sum(weight[name] * loss for name, loss in losses.items())
 
     facts = dict(backbone=net.spec.name, data=train.info.name, tasks="+".join(tasks), weights=weight, augmented=augmented)
-    loop = Loop(net, len(train), sum_of_losses, epochs, lr, names=train.table["id"].tolist(), **facts, **options)
-    loop.first = [] if augmented else _first_maps(net, train.images, frozen_stages(net))
-    return loop.run(checkpoint, what)
+    return Loop(net, len(train), sum_of_losses, epochs, lr, names=train.table["id"].tolist(), **facts, **options).run(checkpoint, what)
 
 # %% ../nbs/21_multitask.ipynb #1f625c8a
 @torch.inference_mode()

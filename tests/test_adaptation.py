@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from medxfer_nb.adaptation import METHODS, Judge, Reverse, a_distance, adabn, adapt, confusion, coral, mmd, multilinear, show_domains
 from medxfer_nb.backbones import create_model
 from medxfer_nb.core import MedxferError
-from medxfer_nb.datasets import Task
-from medxfer_nb.training import Callback
+from medxfer_nb.imageset import Task
+from medxfer_nb.loop import Callback
 
 sizes = st.integers(2, 12)
 

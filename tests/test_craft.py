@@ -1,7 +1,6 @@
 "Craft: oracles for every part, resumes that are exact with each callback, and wrong uses."
 import copy
 import math
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,29 +9,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
-from test_training import Leave, bright_or_dark, equal, small
+from test_loop import Leave, equal
+from test_training import bright_or_dark, small
 from torch.nn import functional as F
 
 from medxfer_nb.core import MedxferError
 from medxfer_nb.craft import (
     EMA,
-    AnatomyAware,
-    CutMix,
     EarlyStopping,
     GradientClip,
     MixedPrecision,
-    MixUp,
     WeightedSampler,
     _balanced,
     _valley,
     cosine,
     lr_find,
-    preview,
-    tta,
     weighted_loss,
 )
-from medxfer_nb.datasets import Info, Task
-from medxfer_nb.training import Callback, fit, predict_proba
+from medxfer_nb.loop import Callback
+from medxfer_nb.training import fit
 
 
 def lopsided(n=24): return bright_or_dark(n).take(np.r_[np.arange(0, n, 2), 1, 3, 5])  # 12 dark, 3 bright
@@ -45,9 +40,6 @@ class Record(Callback):
     def before_batch(self, loop): self.x.append(loop.x); self.y.append(loop.y)
     def before_step(self, loop): self.gradients.append([p.grad.clone() for p in loop.net.parameters()])
     def after_step(self, loop): self.states.append(copy.deepcopy(loop.net.state_dict()))
-
-
-def steady(optimiser, steps): return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
 
 
 # --- the rate ---
@@ -127,103 +119,6 @@ def test_cosine_without_warm_up_is_torchs():
     np.testing.assert_allclose(*rates, rtol=1e-6, atol=1e-12)
 
 
-# --- mixed pictures ---
-
-
-def batches(mix=None):
-    "The batches and targets of one epoch, with and without a mix; one chance for both."
-    record = Record()
-    fit(small(), bright_or_dark(), 1, augmented=False, callbacks=[*([mix] if mix else []), record])
-    return record.x, record.y
-
-
-def test_mixup_is_the_line_between_two_pictures_and_their_labels():
-    (plain, *_), (y, *_) = batches()
-    (x, *_), (soft, *_) = batches(MixUp(alpha=1))
-    own, hot = None, F.one_hot(y, 2).float()
-    for i in range(len(x)):
-        share = ((x[i] - plain[i - 1]) * (plain[i] - plain[i - 1])).sum() / (plain[i] - plain[i - 1]).square().sum()
-        own = share if own is None else own
-        torch.testing.assert_close(share, own, atol=1e-4, rtol=0)
-        torch.testing.assert_close(soft[i], own * hot[i] + (1 - own) * hot[i - 1], atol=1e-4, rtol=0)
-        torch.testing.assert_close(x[i], own * plain[i] + (1 - own) * plain[i - 1], atol=1e-4, rtol=0)
-    assert 0 < own < 1
-
-
-def test_cutmix_share_of_the_label_is_the_share_of_the_area():
-    (plain, *_), (y, *_) = batches()
-    (x, *_), (soft, *_) = batches(CutMix())
-    hot, seen = F.one_hot(y, 2).float(), 0
-    for i in range(len(x)):
-        pasted = (x[i] != plain[i]).any(0)
-        assert (x[i][:, pasted] == plain[i - 1][:, pasted]).all()
-        if (plain[i] != plain[i - 1]).any(0).all():  # equal pixels hide where the rectangle was
-            seen, share = seen + 1, pasted.float().mean()
-            torch.testing.assert_close(soft[i], (1 - share) * hot[i] + share * hot[i - 1])
-    assert seen
-
-
-def test_mixing_takes_several_labels_and_mixed_labels():
-    ds, record = bright_or_dark(kind="multilabel"), Record()
-    fit(small(), ds, 1, callbacks=[MixUp(), CutMix(), record])
-    assert all(y.dtype == torch.float32 and y.shape == (len(x), 2) for x, y in zip(record.x, record.y))
-
-
-# --- views ---
-
-
-def liver(**info): return replace(bright_or_dark(), info=replace(Info("liver", "", "ultrasound (B-mode)", "", ""), **info))
-
-
-def test_anatomy_decides_what_may_change():
-    assert not AnatomyAware.of(liver()).flip and AnatomyAware.of(liver(flip=True)).flip
-    assert AnatomyAware.of(liver()).turn <= 10 < AnatomyAware.of(liver(modality="light microscopy")).turn
-    names = dict(pathmnist=180, dermamnist=180, breastmnist=5, chestmnist=5, octmnist=5, organamnist=5)
-    assert {n: AnatomyAware.of(liver(name=n, modality="MedMNIST")).turn for n in names} == names
-    assert "not known" in AnatomyAware.of(liver(modality="unknown")).why
-    assert "Hounsfield" in AnatomyAware.of(liver(modality="CT")).why or "calibrated" in AnatomyAware.of(liver(modality="CT")).why
-
-
-@pytest.mark.parametrize("classes", [("kidney-left", "kidney-right"), ("Left lung", "heart")])
-def test_a_class_that_names_a_side_forbids_mirrors(classes):
-    ds = replace(liver(flip=True), tasks={"bright": Task("bright", "binary", classes)})
-    assert not AnatomyAware.of(ds).flip and "side" in str(AnatomyAware.of(ds))
-
-
-def test_without_strength_the_views_are_the_pictures():
-    still, (plain, other) = AnatomyAware(flip=False, turn=0, contrast=0, move=0, zoom=0), (Record(), Record())
-    fit(small(), bright_or_dark(), 1, augmented=False, callbacks=[plain])
-    fit(small(), bright_or_dark(), 1, callbacks=[still, other])
-    all_of = lambda record: torch.cat(record.x).flatten(1).sum(1).sort().values
-    torch.testing.assert_close(all_of(plain), all_of(other), atol=0.5, rtol=1e-3)
-
-
-def test_preview_shows_and_says_what_may_change(capsys):
-    preview(liver(), 3, n=2)
-    preview(replace(liver(), images=np.repeat(liver().images[..., None], 3, 3)), 0)
-    assert "never mirrored" in capsys.readouterr().out
-    with pytest.raises(MedxferError, match="rows 0 to 23"): preview(liver(), 24)
-
-
-def test_tta_without_strength_is_predict_proba():
-    ds, net = bright_or_dark(), small()
-    still = AnatomyAware(flip=False, turn=0, contrast=0, move=0, zoom=0)
-    np.testing.assert_allclose(tta(net, ds, policy=still), predict_proba(net, ds), atol=1e-4)
-    np.testing.assert_allclose(tta(net, ds, beta=1), predict_proba(net, ds), atol=1e-6)
-
-
-def test_tta_is_a_mean_that_its_seed_repeats():
-    ds, net, policy = bright_or_dark(70), small(), AnatomyAware(flip=True, turn=30, contrast=0.3)
-    p = tta(net, ds, n=3, beta=0, seed=4, policy=policy)
-    np.testing.assert_array_equal(p, tta(net, ds, n=3, beta=0, seed=4, policy=policy))
-    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-5)
-    chance = torch.Generator().manual_seed(4)
-    with torch.inference_mode():
-        each = [torch.cat([net(policy(net.batch(ds.images[r]), chance)).softmax(1) for r in (slice(0, 64), slice(64, 70))]) for _ in range(3)]
-    np.testing.assert_allclose(p, torch.stack(each).mean(0), atol=1e-6)
-    assert not np.allclose(p, tta(net, ds, n=3, beta=0, seed=5, policy=policy))
-
-
 # --- gradients, stopping, averages ---
 
 
@@ -264,7 +159,7 @@ def test_early_stopping_on_other_patients_keeps_their_best_loss():
 
 
 def test_a_callback_can_serve_two_trainings():
-    for callback in (EarlyStopping("loss"), EMA(), MixUp(), GradientClip()):
+    for callback in (EarlyStopping("loss"), EMA(), GradientClip()):
         a, b = (fit(small(), bright_or_dark(), 2, callbacks=[callback]) for _ in range(2))
         assert a.history.equals(b.history) and equal(a.net, b.net)
 
@@ -323,7 +218,7 @@ def test_weighted_loss_counts_classes_alike():
     y = torch.tensor(ds.target())
     each = F.cross_entropy(z, y, reduction="none")
     torch.testing.assert_close(weighted_loss(ds)(z, y), (each[y == 0].mean() + each[y == 1].mean()) / 2)
-    fit(small(), ds, 1, loss=weighted_loss(ds), callbacks=[MixUp(), MixedPrecision()])
+    fit(small(), ds, 1, loss=weighted_loss(ds), callbacks=[MixedPrecision()])
 
 
 def test_weighted_sampler_shows_classes_alike():
@@ -337,10 +232,10 @@ def test_weighted_sampler_shows_classes_alike():
 
 
 CALLBACKS = {
-    "MixUp": lambda ds: [MixUp()], "CutMix": lambda ds: [CutMix()], "GradientClip": lambda ds: [GradientClip(0.5)], "EMA": lambda ds: [EMA(0.8)],
+    "GradientClip": lambda ds: [GradientClip(0.5)], "EMA": lambda ds: [EMA(0.8)],
     "EarlyStopping": lambda ds: [EarlyStopping("loss")], "MixedPrecision": lambda ds: [MixedPrecision()],
-    "WeightedSampler": lambda ds: [WeightedSampler(ds)], "AnatomyAware": lambda ds: [AnatomyAware(True, 20, 0.2)],
-    "all": lambda ds: [AnatomyAware(True, 20, 0.2), MixUp(), CutMix(), GradientClip(), WeightedSampler(ds), EMA(), EarlyStopping("loss")],
+    "WeightedSampler": lambda ds: [WeightedSampler(ds)],
+    "all": lambda ds: [GradientClip(), WeightedSampler(ds), EMA(), EarlyStopping("loss")],
 }
 
 
@@ -357,15 +252,15 @@ def test_resumed_in_the_middle_each_callback_goes_on_exactly(tmp_path, name, sto
 
 
 def test_a_checkpoint_knows_the_callbacks_settings(tmp_path):
-    fit(small(), bright_or_dark(), 1, callbacks=[MixUp(0.4)], checkpoint=tmp_path / "c")
-    with pytest.raises(MedxferError, match="another training"): fit(small(), bright_or_dark(), 1, callbacks=[MixUp(0.5)], checkpoint=tmp_path / "c")
+    fit(small(), bright_or_dark(), 1, callbacks=[EMA(0.8)], checkpoint=tmp_path / "c")
+    with pytest.raises(MedxferError, match="another training"): fit(small(), bright_or_dark(), 1, callbacks=[EMA(0.9)], checkpoint=tmp_path / "c")
 
 
 # --- wrong uses ---
 
 
-@pytest.mark.parametrize("make", [lambda: MixUp(0), lambda: MixUp(-1), lambda: CutMix(math.nan), lambda: CutMix(math.inf), lambda: GradientClip(0),
-                                  lambda: EMA(1), lambda: EMA(-0.1), lambda: EarlyStopping(patience=0), lambda: EarlyStopping(min_delta=-1)])
+@pytest.mark.parametrize("make", [lambda: GradientClip(0), lambda: EMA(1), lambda: EMA(-0.1), lambda: EarlyStopping(patience=0),
+                                  lambda: EarlyStopping(min_delta=-1)])
 def test_impossible_settings_are_refused(make):
     with pytest.raises(MedxferError, match="=.*(above 0|must be|0 or more)"): make()
 
@@ -379,12 +274,9 @@ def test_a_monitor_that_cannot_be_there_is_refused_before_the_first_step():
 
 def test_wrong_uses_are_refused():
     ds = bright_or_dark()
-    with pytest.raises(MedxferError, match="augmented=True"): fit(small(), ds, 1, augmented=False, callbacks=[AnatomyAware.of(ds)])
-    with pytest.raises(MedxferError, match="before MixUp"): fit(small(), ds, 1, callbacks=[CutMix(), AnatomyAware.of(ds)])
     with pytest.raises(MedxferError, match="start_lr"): lr_find(small(), ds, start_lr=1, end_lr=0.1)
     with pytest.raises(MedxferError, match="lower start_lr"): lr_find(small(), ds, start_lr=1e8, end_lr=1e10)
     with pytest.raises(MedxferError, match="pct_start"): cosine(None, 10, 1.5)
-    with pytest.raises(MedxferError, match="n must be"): tta(small(), ds, n=0)
     with pytest.raises(MedxferError, match="24 pictures, the training 15"): fit(small(), lopsided(), 1, callbacks=[WeightedSampler(ds)])
     with pytest.raises(MedxferError, match="'yes'"): weighted_loss(ds.take(np.arange(0, 24, 2)))
     with pytest.raises(MedxferError, match="multilabel"): WeightedSampler(bright_or_dark(kind="multilabel"))

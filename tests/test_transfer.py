@@ -12,7 +12,7 @@ from test_training import bright_or_dark
 
 from medxfer_nb.backbones import create_model, extract
 from medxfer_nb.core import MedxferError
-from medxfer_nb.training import Callback
+from medxfer_nb.loop import Callback
 from medxfer_nb.transfer import STRATEGIES, Phase, Strategy, build_target, copy_weights, fit_probe, freeze, rates, train_source, transfer
 
 QUICK = {name: Strategy(name, name, tuple(Phase(1, p.lr, p.frozen, p.body, p.decay, p.augmented) for p in s.phases), s.pretrained, "small_cnn")
