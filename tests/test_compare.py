@@ -1,4 +1,4 @@
-"""compare: false alarms and planted effects from simulated predictions; the grid, its crashes and its resume with a fast learner on pixels."""
+"""compare: the grid, its crashes and its resume with a fast learner on pixels."""
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
@@ -9,30 +9,16 @@ import pytest
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 
-from medxfer_nb.compare import Study, _key, compare, two_level
+from medxfer_nb.backbones import create_model
+from medxfer_nb.compare import _key, compare
 from medxfer_nb.core import MedxferError
-from medxfer_nb.datasets import ImageSet, Info, Task
-from medxfer_nb.metrics import accuracy, auroc
+from medxfer_nb.imageset import ImageSet, Info, Task
+from medxfer_nb.study import Arm
 from medxfer_nb.transfer import STRATEGIES, Strategy
 
 module = import_module("medxfer_nb.compare")  # medxfer_nb.compare is the function
 
 PAIR = ("scratch", "feature_extraction")
-
-
-def simulated(rng, gain=0.0, luck=0.3, seeds=5, patients=24, each=5, n_boot=300):
-    "A study of two strategies; on average a is better by `gain` standard deviations."
-    groups = np.repeat(np.arange(patients), each)
-    y = (rng.random(len(groups)) < 0.4).astype(int)
-    hard = 0.6 * rng.normal(size=patients)[groups] + 0.6 * rng.normal(size=len(y))
-    study = Study("simulated", y, groups, ["a", "b"], seeds, n_boot=n_boot)
-    for name in "ab":
-        habit = 0.35 * rng.normal(size=patients)[groups] + 0.35 * rng.normal(size=len(y))
-        for seed in range(seeds):
-            quality = 1.2 + gain * (name == "a") + luck * rng.normal()
-            study.predictions[name, seed] = norm.cdf(quality * y + hard + habit + 0.4 * rng.normal(size=len(y)))
-            study.seconds[name, seed] = 1.0
-    return study
 
 
 @pytest.fixture
@@ -52,11 +38,11 @@ class Pixels:
 
     def __init__(self): self.given = []
 
-    def __call__(self, ds, strategy, n, seed, backbone, size):
-        few = ds.split("train").few(n, seed)
+    def __call__(self, ds, strategy, n, seed, size, checkpoint, backbone="", net_a=None):
+        few = ds.split("train").few(n or 60, seed)
         self.given.append((strategy.name, seed, tuple(few.table["id"])))
         penalty = 1.0 if strategy.name == "scratch" else 1e-4
-        model = LogisticRegression(C=penalty).fit(few.images.reshape(n, -1) / 255, few.target())
+        model = LogisticRegression(C=penalty).fit(few.images.reshape(len(few), -1) / 255, few.target())
         return SimpleNamespace(predict_proba=lambda test: model.predict_proba(test.images.reshape(len(test), -1) / 255), seconds=0.5)
 
 
@@ -67,68 +53,15 @@ def pixels(monkeypatch):
     return learner
 
 
-@pytest.mark.parametrize("luck, seeds", [(0.0, 5), (0.3, 5), (0.5, 3)])
-def test_null_studies_give_no_evidence(luck, seeds):
-    rng = np.random.default_rng(2)
-    words = [simulated(rng, luck=luck, seeds=seeds).verdict("a", "b").word for _ in range(100)]
-    assert sum(w != "no evidence" for w in words) <= 9          # 5 expected; 9 or fewer in 97 % of such hundreds
-
-
-@pytest.mark.parametrize("gain, word", [(1.5, "helped"), (-1.0, "hurt")])
-def test_a_planted_effect_is_found(gain, word):
-    rng = np.random.default_rng(3)
-    words = [simulated(rng, gain=gain, luck=0.1).verdict("a", "b").word for _ in range(20)]
-    assert words.count(word) >= 18 and set(words) <= {word, "no evidence"}
-
-
-def test_effect_is_the_difference_of_the_means_and_turns_its_sign():
-    study = simulated(np.random.default_rng(4))
-    ab, ba, rows = study.difference("a", "b"), study.difference("b", "a"), study.table.mean(axis=1)
-    assert np.isclose(ab.value, rows["a"] - rows["b"]) and np.isclose(ab.value, -ba.value)
-    assert study.table.loc["a", 2] == auroc(study.y, study.predictions["a", 2])
-    assert np.isclose(study.summary().loc["b", "accuracy"].value, np.mean([accuracy(study.y, study.predictions["b", s]) for s in range(5)]))
-
-
-def test_same_study_same_interval():
-    one, two = (simulated(np.random.default_rng(5)) for _ in range(2))
-    assert one.difference("a", "b") == two.difference("a", "b") and one.verdict("a", "b") == two.verdict("a", "b")
-
-
-def test_seeds_widen_the_interval_by_t():
-    rng = np.random.default_rng(0)
-    v = np.array([0.1, 0.2, 0.3])
-    draws = two_level(np.tile(v, (100_000, 1)), v, rng)          # test patients without any luck
-    half = np.diff(np.quantile(draws, [0.025, 0.975]))[0] / 2
-    assert np.isclose(half, 4.303 * 0.1 / np.sqrt(3), rtol=0.03)       # t(2), 97.5 %: 4.303
-
-
-def test_one_seed_is_no_evidence_and_says_why():
-    study = simulated(np.random.default_rng(6), gain=3.0, seeds=1)
-    v = study.verdict("a", "b")
-    assert v.word == "no evidence" and "one seed" in v.effect.why and v.effect.low > 0
-
-
-def test_one_class_in_the_test_set_is_not_estimable():
-    study = simulated(np.random.default_rng(7))
-    study.y = np.ones_like(study.y)
-    v = study.verdict("a", "b")
-    assert v.word == "no evidence" and v.effect.value is None and "only class 1" in str(v) and "not estimable" in repr(study)
-
-
-def test_scores_stay_in_range():
-    study = simulated(np.random.default_rng(8), gain=4.0, seeds=2)
-    for s in study.summary()["AUROC"]: assert 0 <= s.low <= s.high <= 1
-
-
 def test_every_strategy_gets_the_same_images(ds, pixels):
-    compare(ds, PAIR, n=30, seeds=3)
+    compare(ds, PAIR, budgets=30, seeds=3)
     drawn = {(name, seed): ids for name, seed, ids in pixels.given}
     assert all(drawn["scratch", s] == drawn["feature_extraction", s] for s in range(3))
     assert len({drawn["scratch", s] for s in range(3)}) == 3
 
 
 def test_study_is_scored_on_the_test_patients(ds, pixels):
-    study = compare(ds, PAIR, n=30, seeds=2)
+    study = compare(ds, PAIR, budgets=30, seeds=2)
     test = ds.split("test")
     assert np.array_equal(study.groups, test.groups) and np.array_equal(study.y, test.target())
     assert study.table.shape == (2, 2) and study.table.notna().all(axis=None)
@@ -138,24 +71,24 @@ def test_study_is_scored_on_the_test_patients(ds, pixels):
 def test_unlabelled_test_images_are_left_out(ds, pixels):
     rows = np.flatnonzero(ds.table["split"] == "test")[:5]
     ds.table.loc[rows, "bright"] = -1
-    assert len(compare(ds, PAIR[:1], n=30, seeds=1).y) == 43
+    assert len(compare(ds, PAIR[:1], budgets=30, seeds=1).y) == 43
 
 
 def test_resume_gives_the_same_table_without_training(ds, pixels, tmp_path):
-    first = compare(ds, PAIR, n=30, seeds=2, folder=tmp_path)
-    again = compare(ds, PAIR, n=30, seeds=2, folder=tmp_path)
+    first = compare(ds, PAIR, budgets=30, seeds=2, folder=tmp_path)
+    again = compare(ds, PAIR, budgets=30, seeds=2, folder=tmp_path)
     assert len(pixels.given) == 4 and first.table.equals(again.table) and first.seconds == again.seconds
     assert str(first.verdict(*PAIR)) == str(again.verdict(*PAIR))
-    compare(ds, PAIR, n=30, seeds=3, folder=tmp_path)
+    compare(ds, PAIR, budgets=30, seeds=3, folder=tmp_path)
     assert len(pixels.given) == 6
 
 
 def test_data_are_hashed_once_a_study_and_only_for_a_folder(ds, pixels, monkeypatch, tmp_path):
     hashed, content = [], module._content
     monkeypatch.setattr(module, "_content", lambda ds: hashed.append(ds) or content(ds))
-    compare(ds, PAIR, n=30, seeds=2)
+    compare(ds, PAIR, budgets=30, seeds=2)
     assert not hashed
-    compare(ds, PAIR, n=30, seeds=2, folder=tmp_path)
+    compare(ds, PAIR, budgets=30, seeds=2, folder=tmp_path)
     assert len(hashed) == 1 and len(list(tmp_path.iterdir())) == 4
 
 
@@ -164,23 +97,81 @@ def test_other_pixels_or_labels_or_splits_are_other_runs(ds, pixels, tmp_path):
     brighter[0, 0, 0] ^= 1
     moved = ds.table.assign(split=ds.table["split"].replace({"val": "train"}))
     others = ds, replace(ds, images=brighter), replace(ds, table=moved), ds.shuffled(0)
-    for other in others: compare(other, PAIR[:1], n=30, seeds=1, folder=tmp_path)
+    for other in others: compare(other, PAIR[:1], budgets=30, seeds=1, folder=tmp_path)
     assert len(pixels.given) == len(list(tmp_path.iterdir())) == 4
 
 
 def test_another_setting_is_another_run(ds, pixels, tmp_path):
-    for other in ({"n": 20}, {"n": 30}, {"n": 30, "backbone": "resnet18"}): compare(ds, PAIR[:1], seeds=1, folder=tmp_path, **other)
-    compare(ds.shuffled(0), PAIR[:1], n=30, seeds=1, folder=tmp_path)
+    for budget, name in ((20, "lite"), (30, "lite"), (30, "resnet18")): compare(ds, PAIR[1:], budget, 1, name, folder=tmp_path)
+    compare(ds.shuffled(0), PAIR[:1], budgets=30, seeds=1, folder=tmp_path)
     assert len(pixels.given) == len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_grid_has_an_arm_for_each_cell_and_one_for_a_strategy_with_its_own_backbone(ds, pixels):
+    study = compare(ds, PAIR, budgets=(10, "all"), seeds=2, backbones=["lite", "resnet18"])
+    assert set(study.arms) == {f"{a}, n={n}" for n in (10, 60) for a in ("scratch", "feature_extraction, lite", "feature_extraction, resnet18")}
+    assert len(pixels.given) == 12 and sorted({len(ids) for *_, ids in pixels.given}) == [10, 60]
+    grid, scores = study.grid(), study.summary()["AUROC"]
+    assert grid.loc[(10, "scratch"), "lite"] == ""
+    assert grid.loc[(60, "feature_extraction"), "resnet18"] == scores["feature_extraction, resnet18, n=60"]
+
+
+def test_validation_predictions_choose_and_are_no_test_predictions(ds, pixels, tmp_path):
+    study = [compare(ds, PAIR, 30, 2, folder=tmp_path) for _ in range(2)][1]
+    valid = ds.split("val")
+    assert np.array_equal(study.valid.y, valid.target()) and study.valid.predictions["scratch", 1].shape == (len(valid), 2)
+    assert study.valid.table.shape == (2, 2) and study.valid.summary().loc["scratch", "seconds"] == 0.5
+
+
+def test_no_validation_split_is_no_error(ds, pixels):
+    ds = ds.take(np.flatnonzero(ds.table["split"] != "val"))
+    assert compare(ds, PAIR, 30, 1).valid is None
+
+
+def test_labels_needed_looks_up_the_curve(ds, pixels):
+    study = compare(ds, PAIR, budgets=(10, 20, 40), seeds=3)
+    def put(strategy, n, quality):
+        noise = 0.5 * np.random.default_rng(n).normal(size=(3, len(study.y)))
+        for s in range(3): study.predictions[f"{strategy}, n={n}", s] = norm.cdf(quality * (study.y - 0.5) + noise[s])
+    for i, n in enumerate((10, 20, 40)): put("scratch", n, 0.3 + 0.3 * i); put("feature_extraction", n, 0.6 + 0.3 * i)
+    study._cache.clear()
+    scores = study.table.mean(axis=1)
+    goal, low, high = scores["scratch, n=40"], scores["feature_extraction, n=10"], scores["feature_extraction, n=20"]
+    needed = study.labels_needed("feature_extraction", "scratch")
+    assert low < goal <= high and needed.low <= needed.value <= needed.high
+    assert np.isclose(needed.value, 10 * 2 ** ((goal - low) / (high - low)))
+    assert study.labels_needed("scratch", "feature_extraction").value == np.inf
+    with pytest.raises(MedxferError, match="one budget"): compare(ds, PAIR, 20, 2).labels_needed("feature_extraction", "scratch")
+
+
+def test_several_backbones_must_be_named_for_labels_needed(ds, pixels):
+    study = compare(ds, PAIR, budgets=(10, 20), seeds=2, backbones=["lite0", "lite1"])
+    with pytest.raises(MedxferError, match="backbone"): study.labels_needed("feature_extraction", "scratch")
+    assert study.labels_needed("feature_extraction", "scratch", backbone="lite1").value >= 10
+
+
+def test_networks_of_ones_own_are_told_apart_by_their_weights(ds, tmp_path):
+    nets = {f"seed {s}": create_model("small_cnn", False, num_classes=2, size=32, seed=s) for s in (0, 1)}
+    study = compare(ds, ["feature_extraction"], 20, 1, nets, folder=tmp_path)
+    assert set(study.arms) == {"feature_extraction, seed 0", "feature_extraction, seed 1"} and len(list(tmp_path.iterdir())) == 2
+    again = compare(ds, ["feature_extraction"], 20, 1, {"other name": nets["seed 1"]}, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 and again.table.iloc[0, 0] == study.table.iloc[1, 0]
+
+
+def test_two_workers_find_what_one_finds_and_leave_no_checkpoint(ds, tmp_path):
+    short = replace(STRATEGIES["scratch"], phases=(replace(STRATEGIES["scratch"].phases[0], epochs=2),))
+    one, two = (compare(ds, [short], 20, 2, "small_cnn", size=32, folder=tmp_path / str(w), workers=w) for w in (1, 2))
+    assert np.allclose(one.table, two.table, atol=1e-6) and not two.failed
+    assert {f.suffix for f in (tmp_path / "2").iterdir()} == {".npz"}
+
+
 def test_a_damaged_file_is_trained_again(ds, pixels, tmp_path):
-    first = compare(ds, PAIR[:1], n=30, seeds=1, folder=tmp_path)
+    first = compare(ds, PAIR[:1], budgets=30, seeds=1, folder=tmp_path)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     for damage in (b"", whole[: len(whole) // 2], b"not a zip at all"):
         file.write_bytes(damage)
-        assert compare(ds, PAIR[:1], n=30, seeds=1, folder=tmp_path).table.equals(first.table)
+        assert compare(ds, PAIR[:1], budgets=30, seeds=1, folder=tmp_path).table.equals(first.table)
         assert file.read_bytes()[:2] == b"PK"
     assert len(pixels.given) == 4
 
@@ -194,17 +185,17 @@ def failing(learner, exception):
 
 def test_a_crash_leaves_the_finished_runs(ds, pixels, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "transfer", failing(pixels, RuntimeError("out of memory")))
-    study = compare(ds, PAIR, n=30, seeds=3, folder=tmp_path)
+    study = compare(ds, PAIR, budgets=30, seeds=3, folder=tmp_path)
     assert len(study.predictions) == 5 and study.done(*PAIR) == [0, 2]
     assert "feature_extraction, seed 1: RuntimeError: out of memory" in repr(study) and np.isnan(study.table.loc["feature_extraction", 1])
     assert "2 seeds" in study.verdict(*PAIR).sentence
     monkeypatch.setattr(module, "transfer", pixels)
-    assert compare(ds, PAIR, n=30, seeds=3, folder=tmp_path).table.notna().all(axis=None) and len(pixels.given) == 6
+    assert compare(ds, PAIR, budgets=30, seeds=3, folder=tmp_path).table.notna().all(axis=None) and len(pixels.given) == 6
 
 
 def test_an_interrupt_leaves_the_finished_runs(ds, pixels, monkeypatch, capsys):
     monkeypatch.setattr(module, "transfer", failing(pixels, KeyboardInterrupt()))
-    study = compare(ds, PAIR, n=30, seeds=3)
+    study = compare(ds, PAIR, budgets=30, seeds=3)
     assert sorted(study.predictions) == [("feature_extraction", 0), ("scratch", 0), ("scratch", 1)]
     assert "stopped after 3 of 6 runs" in capsys.readouterr().out and "scratch, seed 2: not run" in repr(study)
     study.plot()
@@ -213,32 +204,32 @@ def test_an_interrupt_leaves_the_finished_runs(ds, pixels, monkeypatch, capsys):
 def test_when_every_run_fails_the_reason_is_raised(ds, monkeypatch):
     def train(*args, **options): raise MedxferError("unknown backbone 'resnet81'")
     monkeypatch.setattr(module, "transfer", train)
-    with pytest.raises(MedxferError, match="resnet81"): compare(ds, PAIR, n=30, seeds=2)
+    with pytest.raises(MedxferError, match="resnet81"): compare(ds, PAIR, budgets=30, seeds=2)
 
 
 def test_mistakes_are_named_before_any_training(ds, pixels, tmp_path):
-    with pytest.raises(MedxferError, match="did you mean 'fine_tuning'"): compare(ds, ["fine_tunning"], n=30)
-    with pytest.raises(MedxferError, match="has 60 labelled pictures"): compare(ds, n=61)
-    with pytest.raises(MedxferError, match="twice"): compare(ds, ["scratch", "scratch"], n=30)
-    with pytest.raises(MedxferError, match="seeds"): compare(ds, PAIR, n=30, seeds=0)
+    with pytest.raises(MedxferError, match="did you mean 'fine_tuning'"): compare(ds, ["fine_tunning"], budgets=30)
+    with pytest.raises(MedxferError, match="has 60 labelled pictures"): compare(ds, budgets=61)
+    with pytest.raises(MedxferError, match="twice"): compare(ds, ["scratch", "scratch"], budgets=30)
+    with pytest.raises(MedxferError, match="seeds"): compare(ds, PAIR, budgets=30, seeds=0)
     ds.tasks["bright"] = Task("bright", "regression")
-    with pytest.raises(MedxferError, match="regression task"): compare(ds, n=30)
+    with pytest.raises(MedxferError, match="regression task"): compare(ds, budgets=30)
     assert not pixels.given
 
 
 def test_an_unknown_strategy_in_a_question_suggests_the_nearest(ds, pixels):
-    study = compare(ds, PAIR, n=30, seeds=2)
+    study = compare(ds, PAIR, budgets=30, seeds=2)
     with pytest.raises(MedxferError, match="did you mean 'scratch'"): study.verdict("feature_extraction", "scrach")
 
 
 def test_a_strategy_value_is_as_good_as_its_name(ds, pixels):
-    by_value, by_name = compare(ds, [STRATEGIES["scratch"]], n=30, seeds=1), compare(ds, ["scratch"], n=30, seeds=1)
+    by_value, by_name = compare(ds, [STRATEGIES["scratch"]], budgets=30, seeds=1), compare(ds, ["scratch"], budgets=30, seeds=1)
     assert by_value.table.equals(by_name.table)
 
 
 def test_names_of_lesson_strategies_are_known(ds, pixels):
-    with pytest.raises(MedxferError, match="did you mean 'l2_sp'"): compare(ds, ["l2sp"], n=30)
-    assert compare(ds, ["l2_sp"], n=30, seeds=1).strategies == ["l2_sp"]
+    with pytest.raises(MedxferError, match="did you mean 'l2_sp'"): compare(ds, ["l2sp"], budgets=30)
+    assert compare(ds, ["l2_sp"], budgets=30, seeds=1).arms == {"l2_sp": Arm("l2_sp", "tf_efficientnet_lite0", 30)}
 
 
 def test_a_finished_run_is_found_again_by_another_process():
@@ -250,5 +241,5 @@ def test_a_finished_run_is_found_again_by_another_process():
 
 
 def test_shuffled_labels_give_no_evidence(ds, pixels):
-    words = [compare(ds.shuffled(seed), PAIR, n=30, seeds=5).verdict(*PAIR).word for seed in range(10)]
+    words = [compare(ds.shuffled(seed), PAIR, budgets=30, seeds=5).verdict(*PAIR).word for seed in range(10)]
     assert words.count("no evidence") >= 8
