@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'a_distance', 'adabn', 'coral', 'mmd', 'Reverse', 'multilinear', 'Judge', 'confusion', 'Method', 'adapt',
            'show_domains']
 
-# %% ../nbs/18_adaptation.ipynb #c65fd09e
+# %% ../nbs/18_adaptation.ipynb #4bb66351
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +21,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
-from .backbones import Network
 from .core import MedxferError, choose, show
-from .datasets import ImageSet
+from .imageset import ImageSet
+from .loop import Loop, Run
 from .metrics import Score, mean_score
-from .training import Loop, Run, augment, loss_function
+from .surgery import Network
+from .training import augment, loss_function
 
 # %% ../nbs/18_adaptation.ipynb #895ed686
 def a_distance(
@@ -172,7 +173,7 @@ METHODS = {
     "mcc": Method("MCC", lambda s, t, judge: confusion(t.logits)),
 }
 
-# %% ../nbs/18_adaptation.ipynb #fe4a6101
+# %% ../nbs/18_adaptation.ipynb #c7c874d2
 def _check(net, source, target):
     "What would otherwise fail late, or not at all."
     name, classes, others = f"{source.info.name} -> {target.info.name}", source.task.classes, target.task.classes
@@ -180,7 +181,7 @@ def _check(net, source, target):
     if len(target) < 2: raise MedxferError(f"{name}: the target holds {len(target)} pictures; adapt() needs at least 2, better a hundred")
     if classes != others: raise MedxferError(f"{name}: the classes differ, {classes} and {others}; adapt() needs one question for both")
     if len(classes) != net.head.out_features: raise MedxferError(f"{name} has {len(classes)} classes, the head has {net.head.out_features}")
-    known = source.take(np.flatnonzero(source.target() >= 0))
+    known = source.labelled()
     if len(np.unique(known.target())) < 2: raise MedxferError(f"{name}: the source needs labelled pictures of at least two classes")
     return known
 
@@ -203,7 +204,7 @@ def adapt(
     checkpoint=None,  # a file: resumed from if it is there, and kept up to date
     batch_size: int = 32,  # of each domain
     seed: int = 0,  # of judge, order, draw and augmentation
-    **options,  # of `training.Loop`: weight_decay, optimiser, schedule, callbacks, every
+    **options,  # of `loop.Loop`: weight_decay, optimiser, schedule, callbacks, every
 ) -> Run:  # columns of its history: loss, and its parts `source` and `domain`
     "Adapt a network to unlabelled target pictures: loss on the source + weight * the method's term."
     term, known = choose(method, METHODS, "method"), _check(net, source, target)
