@@ -194,7 +194,7 @@ def refresh_bn(
     "Measure BatchNorm's running statistics anew (Izmailov et al. 2018, section 3.2)."
     frozen, still = [p for p in net.parameters() if not p.requires_grad], net.bn_eval
     net.requires_grad_(True).bn_eval = False  # else `train` would leave BatchNorm as it is
-    update_bn((net.batch(part) for part in np.array_split(pictures, -(-len(pictures) // batch_size))), net)
+    update_bn(net.batches(pictures, batch_size), net)
     for p in frozen: p.requires_grad_(False)
     net.bn_eval = still
     return net.eval()

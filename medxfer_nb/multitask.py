@@ -116,7 +116,7 @@ def _labels(ds, tasks, side, device):
 def _first_maps(net, pictures, k, batch_size=64):
     "The maps of the first `k` stages, computed once."
     net.eval()
-    parts = [net.maps(net.batch(pictures[i:i + batch_size]), upto=k) for i in range(0, len(pictures), batch_size)]
+    parts = [net.maps(x, upto=k) for x in net.batches(pictures, batch_size)]
     return [torch.cat(maps) for maps in zip(*parts)]
 
 # %% ../nbs/21_multitask.ipynb #266c7ec1
@@ -168,8 +168,8 @@ def predict(
     "All answers for all pictures."
     net.eval()
     parts = {name: [] for name in net.tasks}
-    for i in range(0, len(ds), batch_size):
-        for name, out in net.outputs(net.batch(ds.images[i:i + batch_size])).items():
+    for x in net.batches(ds.images, batch_size):
+        for name, out in net.outputs(x).items():
             if net.tasks[name].kind == "segmentation": p = F.interpolate(out, ds.images.shape[1:3], mode="bilinear")[:, 0].sigmoid()
             else: p = out.softmax(1)
             parts[name].append(p.cpu().numpy())

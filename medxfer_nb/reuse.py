@@ -57,8 +57,7 @@ def _tables(net, pictures, batch_size=64):
     "Stage name -> the centred table of which pictures that stage finds alike."
     net.eval()
     maps = {name: [] for name in net.stage_names}
-    for i in range(0, len(pictures), batch_size):
-        x = net.batch(pictures[i:i + batch_size])
+    for x in net.batches(pictures, batch_size):
         for name, stage in net.stages.named_children():
             x = stage(x)
             maps[name].append(x.flatten(1).cpu().numpy())
@@ -120,7 +119,7 @@ def reset_from(
     for m in (m for name in lost for m in getattr(new.stages, name).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
         m.reset_running_stats()
         m.train().momentum = None  # a plain mean over all batches
-    for i in range(0, len(pictures), 100): new.stages(new.batch(pictures[i:i + 100]))
+    for x in new.batches(pictures): new.stages(x)
     return new.eval()
 
 # %% ../nbs/20_reuse.ipynb #548cb4fd

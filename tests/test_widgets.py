@@ -10,11 +10,12 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from medxfer_nb.backbones import extract
 from medxfer_nb.core import MedxferError
 from medxfer_nb.imageset import ImageSet, Info, Task
 from medxfer_nb.metrics import auroc, score
 from medxfer_nb.surgery import Network, Spec
-from medxfer_nb.widgets import CamExplorer, FreezeExplorer, linear_probe, pool_stages, probe_grid, stage_features
+from medxfer_nb.widgets import CamExplorer, FreezeExplorer, linear_probe, probe_grid, stage_features
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +41,6 @@ def tiny_set(kind="binary"):
     return ImageSet(pictures, table, {"sick": Task("sick", kind, ("healthy", "sick"))}, Info("tiny", "noise", "none", "CC0", "made here"))
 
 
-def test_pooled_stages_are_what_the_network_computes():
-    net, pictures = tiny_net(), tiny_set().images
-    features = pool_stages(net, pictures, batch_size=7)
-    with torch.inference_mode(): expected = net.feature_map(net.batch(pictures), "stem").mean((2, 3))
-    np.testing.assert_allclose(features["stem"], expected, rtol=1e-5)
-    assert list(features) == ["stem", "stage1"] and features["stage1"].shape == (60, 8)
-
-
 def test_features_are_computed_once_for_the_same_question(cache):
     net, pictures = tiny_net(), tiny_set().images
     first = stage_features(net, pictures)
@@ -67,7 +60,8 @@ def test_grid_agrees_with_sklearn():
     ds, net = tiny_set(), tiny_net()
     row = probe_grid(ds, net, budgets=(30,)).set_index("stage").loc["stage1"]
     train, valid = ds.split("train"), ds.split("val")
-    p = linear_probe(pool_stages(net, train.images)["stage1"], train.target()).predict_proba(pool_stages(net, valid.images)["stage1"])
+    x, x_valid = (extract(net, part.images, "stage1").numpy() for part in (train, valid))
+    p = linear_probe(x, train.target()).predict_proba(x_valid)
     assert row["score"].value == pytest.approx(roc_auc_score(valid.target(), p[:, 1]))
     assert row["score"] == score(auroc, valid.target(), p, valid.groups)
     assert row["frozen"] == sum(p.numel() for p in net.stages.parameters()) and row["trained"] == 8 + 1
