@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['STEPS', 'more_views', 'Procedure']
 
-# %% ../nbs/25_procedure.ipynb #b8df7cd7
-import copy, hashlib
+# %% ../nbs/25_procedure.ipynb #16a9fb52
+import hashlib, shutil, tempfile, weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from .backbones import create_model
 from .core import MedxferError, choose
+from .deploy import choose_threshold, decided, load_bundle, save_bundle
 from .imageset import ImageSet
 from .layerwise import fit_layerwise
+from .loop import Run
 from .metrics import auroc, balanced_accuracy, score
 from .training import augment, fit, predict_proba
 from .transfer import Phase, build_target, copy_weights, freeze, rates
@@ -51,7 +54,7 @@ def more_views(
     views = views[:, 0] if ds.images.ndim == 3 else views.permute(0, 2, 3, 1)
     return replace(ds.take(np.concatenate([np.arange(len(ds)), rows])), images=np.concatenate([ds.images, views.numpy()]))
 
-# %% ../nbs/25_procedure.ipynb #2edd25f0
+# %% ../nbs/25_procedure.ipynb #b69af7d3
 class Procedure:
     "The recipe from A to B as a machine: `step()` runs the next of `STEPS`, `run()` all that are left, printing shows the record."
 
@@ -72,13 +75,15 @@ class Procedure:
         backbone: str = "small_cnn",
         size: int = 32,  # side of the networks' pictures in pixels
         net_a=None,  # a Network to start N(A) from; None: random weights
+        folder=None,  # where the bundles go; None: a temporary folder that goes with the machine
         seed: int = 0,
     ):
         self.source, self.target, self.mode, self.seed = source, target, choose(mode, ("literal", "sound"), "mode"), seed
         self.n_a, self.enough, self.n_b, self.accuracy = n_a, enough, n_b, accuracy
         self.frozen, self.epochs, self.rest, self.lr, self.body = frozen, epochs, rest, lr, body
         self.net_a = net_a or create_model(backbone, pretrained=False, size=size, seed=seed)
-        self.record = {}
+        self.record, self.folder = {}, Path(folder or tempfile.mkdtemp())
+        if folder is None: weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         a, b = len(source.task.classes), len(target.task.classes)
         if mode == "literal" and a != b:
             raise MedxferError(f"literal: N(B) keeps the {a} classes of A and cannot answer the {b} of B; use mode='sound'")
@@ -167,13 +172,7 @@ class Procedure:
         return f"AUROC {self.scores}; test opened {self.target.openings['test']} times"
 
     def _deploy(self):
-        "The weights as bytes that reload to the same answers; a folder with more is the business of lesson deploy."
-        self.bundle = _bytes(self.net_b)
-        again = copy.deepcopy(self.net_b)
-        again.load_state_dict(load(self.bundle))
-        x = self.net_b.batch(self.x.images[:4])
-        if not torch.equal(again(x), self.net_b(x)): raise MedxferError("the saved network does not answer as N(B) does")
-        return f"{len(self.bundle) / 1e6:.1f} MB of safetensors; read back, it gives the same answers"
+        return self._pack("deployed", 0.5)
 
     def _adjust(self):
         where = "test" if self.literal else "val"
@@ -181,16 +180,17 @@ class Procedure:
         p, y = predict_proba(self.net_b, part), part.target()
         opened = f"test opened {self.target.openings['test']} times"
         if p.shape[1] > 2: return f"balanced accuracy {balanced_accuracy(y, p):.2f} on '{where}', no threshold for so many classes; {opened}"
-        self.threshold = max(np.unique(p[:, 1]).tolist(), key=lambda cut: balanced_accuracy(y, _decided(p, cut)))
-        return f"threshold {self.threshold:.2f}: balanced accuracy {balanced_accuracy(y, _decided(p, self.threshold)):.2f} on '{where}'; {opened}"
+        self.threshold = choose_threshold(y, p)
+        reached = balanced_accuracy(y, np.eye(2)[decided(p, self.threshold)])
+        return f"threshold {self.threshold:.2f}: balanced accuracy {reached:.2f} on '{where}'; {opened}; {self._pack('adjusted', self.threshold)}"
+
+    def _pack(self, name, threshold):
+        "N(B) as a bundle `name`, with the record of this machine and the score on the test pictures; opened again as a check."
+        run = Run(self.net_b, dict(strategy=f"procedure, {self.mode}", seed=self.seed) | self.record, None, 0.0)
+        two = len(self.target.task.classes) == 2
+        folder = save_bundle(run, self.target, self.folder / name, threshold if two else None, {"AUROC, test": self.scores})
+        load_bundle(folder)
+        return f"bundle {name!r}, {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB, opens and gives the same answers"
 
 
-def _decided(p, cut): return np.stack([p[:, 1] < cut, p[:, 1] >= cut], 1).astype(float)
-
-
-def _bytes(net):
-    "All weights and running averages as safetensors."
-    return save({name: tensor.contiguous() for name, tensor in net.state_dict().items()})
-
-
-def _print(net): return hashlib.sha256(_bytes(net)).hexdigest()
+def _print(net): return hashlib.sha256(save({name: tensor.contiguous() for name, tensor in net.state_dict().items()})).hexdigest()

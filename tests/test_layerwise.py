@@ -1,5 +1,6 @@
 "Layer by layer: what moves, what the losses are, and where it equals ordinary training."
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from medxfer_nb.backbones import create_model
 from medxfer_nb.core import MedxferError
-from medxfer_nb.layerwise import Supervised, fit_deep_supervision, fit_layerwise, layers
+from medxfer_nb.layerwise import Supervised, fit_deep_supervision, fit_layerwise, grainy, layers
 from medxfer_nb.training import fit
 
 ARCHITECTURES = ("alexnet", "vgg11", "googlenet", "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "tf_efficientnet_lite0")
@@ -91,3 +92,22 @@ def test_deep_supervision_trains_every_layer_and_a_copy_is_left_alone():
 def test_a_head_for_other_classes_is_refused():
     with pytest.raises(MedxferError, match="reset_classifier"): fit_layerwise(small().reset_classifier(3), bright_or_dark(), 1)
     with pytest.raises(MedxferError, match="unknown layer"): fit_layerwise(small(), bright_or_dark(), 1, start="stage9")
+
+
+@pytest.mark.parametrize("how", [fit_layerwise, fit_deep_supervision])
+def test_rows_without_a_label_are_left_out(how):
+    ds = bright_or_dark()
+    hidden = replace(ds, table=ds.table.assign(bright=np.where(np.arange(len(ds)) < 10, ds.target(), -1)))
+    nets = small(), small()
+    runs = [how(net, d, 1) for net, d in zip(nets, (hidden, ds.take(range(10))))]
+    assert runs[0].config["n"] == 10 and moved(nets[0], weights(nets[1])) == set()
+    with pytest.raises(MedxferError, match="no picture has a label"): how(small(), replace(ds, table=ds.table.assign(bright=-1)), 1)
+
+
+def test_grainy_keeps_labels_and_turns_the_greys_round():
+    ds = bright_or_dark()
+    other = grainy(ds)
+    assert np.array_equal(other.target(), ds.target()) and np.corrcoef(other.images.ravel(), ds.images.ravel())[0, 1] < -0.3
+    assert np.array_equal(other.images, grainy(ds).images) and not np.array_equal(other.images, grainy(ds, seed=1).images)
+    other.openings["test"] += 1
+    assert ds.openings["test"] == 0

@@ -1,4 +1,5 @@
 "The recipe as a machine: its order, its gates, and what must not change on the way."
+import gc
 import re
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +11,9 @@ from test_training import bright_or_dark
 
 from medxfer_nb.core import MedxferError
 from medxfer_nb.datasets import load
+from medxfer_nb.deploy import load_bundle
 from medxfer_nb.procedure import STEPS, Procedure, more_views
+from medxfer_nb.training import predict_proba
 from medxfer_nb.transfer import copy_weights
 
 
@@ -90,6 +93,26 @@ def test_classes_that_differ_are_refused_in_the_literal_mode():
     b = split_set("B", 1)
     b.tasks = {"bright": replace(b.task, kind="multiclass", classes=("no", "yes", "very"))}
     with pytest.raises(MedxferError, match="mode='sound'"): Procedure(split_set("A", 0), b, "literal")
+
+
+def test_the_bundles_hold_what_was_tested_and_what_was_adjusted(tmp_path):
+    m = machine(folder=tmp_path / "home").run("deploy")
+    deployed = {f.name: f.read_bytes() for f in (tmp_path / "home" / "deployed").iterdir()}
+    m.run()
+    first, second = (load_bundle(tmp_path / "home" / name) for name in ("deployed", "adjusted"))
+    assert (first.facts["threshold"], second.facts["threshold"]) == (0.5, m.threshold)
+    assert first.facts["training"]["test"] == m.record["test"] and str(m.scores) in (tmp_path / "home" / "deployed" / "README.md").read_text()
+    np.testing.assert_allclose(first.predict(m.x.images), predict_proba(m.net_b, m.x), atol=1e-6)
+    assert deployed == {f.name: f.read_bytes() for f in (tmp_path / "home" / "deployed").iterdir()}
+
+
+def test_without_a_folder_the_bundle_goes_with_the_machine():
+    m = machine().run("deploy")
+    folder = m.folder
+    assert (folder / "deployed").is_dir()
+    del m
+    gc.collect()
+    assert not folder.exists()
 
 
 @pytest.mark.real_data
