@@ -6,7 +6,7 @@
 __all__ = ['STRATEGIES', 'KNOWN', 'train_source', 'copy_weights', 'build_target', 'freeze', 'Phase', 'Strategy', 'rates',
            'fit_probe', 'transfer']
 
-# %% ../nbs/14_transfer.ipynb #840bd40a
+# %% ../nbs/14_transfer.ipynb #6781c3c9
 import copy, time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +20,12 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .backbones import Network, create_model, extract
+from .backbones import create_model, extract
 from .core import MedxferError, choose, clear_write_errors
-from .datasets import ImageSet
-from .training import Run, fit
+from .imageset import ImageSet
+from .loop import Run
+from .surgery import Network
+from .training import fit
 
 # %% ../nbs/14_transfer.ipynb #891a2c8d
 def train_source(
@@ -83,7 +85,7 @@ class Phase:
     body: float = 1.0  # the rate of the last stage, as a part of the head's
     decay: float = 1.0  # each stage before has this times the rate of the next
     augmented: bool = True
-    callbacks: tuple = ()  # each makes a `training.Callback` from (N(B), N(A), training pictures)
+    callbacks: tuple = ()  # each makes a `loop.Callback` from (N(B), N(A), training pictures)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def rates(
     body = [(list(part.parameters()), phase.lr * phase.body * phase.decay**depth) for part, depth in parts]
     return [(list(net.head.parameters()), phase.lr), *body]
 
-# %% ../nbs/14_transfer.ipynb #00c560fc
+# %% ../nbs/14_transfer.ipynb #188d8d50
 def fit_probe(
     net: Network,  # its head is replaced
     train: ImageSet,
@@ -114,7 +116,8 @@ def fit_probe(
 ) -> Run:
     "Feature extraction: logistic regression on the frozen features, written into the head."
     if train.task.kind not in ("binary", "multiclass"): raise MedxferError(f"fit_probe needs one class a picture, not a {train.task.kind} task")
-    start, x, y = time.perf_counter(), extract(net, train.images).numpy(), train.target()
+    start, train = time.perf_counter(), train.labelled()
+    x, y = extract(net, train.images).numpy(), train.target()
     model = make_pipeline(StandardScaler(), LogisticRegression(C=penalties[len(penalties) // 2], max_iter=2000))
     if folds := _folds(x, y, train.groups):
         search = GridSearchCV(model, {"logisticregression__C": penalties}, scoring="neg_log_loss", cv=folds)

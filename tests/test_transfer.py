@@ -1,5 +1,7 @@
 "Transfer: what must hold after each step, and what each strategy may touch."
 import hashlib
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,12 +9,13 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from test_datasets import random_set
+from test_imageset import random_set
 from test_training import bright_or_dark
 
 from medxfer_nb.backbones import create_model, extract
 from medxfer_nb.core import MedxferError
 from medxfer_nb.loop import Callback
+from medxfer_nb.training import fit
 from medxfer_nb.transfer import STRATEGIES, Phase, Strategy, build_target, copy_weights, fit_probe, freeze, rates, train_source, transfer
 
 QUICK = {name: Strategy(name, name, tuple(Phase(1, p.lr, p.frozen, p.body, p.decay, p.augmented) for p in s.phases), s.pretrained, "small_cnn")
@@ -143,3 +146,25 @@ def test_mistakes_are_named():
 def test_each_seed_of_a_training_from_scratch_has_its_own_start():
     first, second, again = (next(create_model("small_cnn", pretrained=False, size=32, seed=seed).parameters()) for seed in (0, 1, 0))
     assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_plain_descent_steps_by_its_formula():
+    "Cross-entropy and SGD with momentum, at a constant rate: v = m v + g, w = w - rate v, worked out by hand."
+    ds, net = bright_or_dark(16), freeze(create_model("small_cnn", pretrained=False, num_classes=2, size=32), "neck")
+    x, y = extract(net, ds.images).double(), torch.tensor(ds.target())
+    w = torch.cat([net.head.weight, net.head.bias[:, None]], 1).detach().double()
+    v, x = torch.zeros_like(w), torch.cat([x, torch.ones(len(x), 1)], 1)
+    for _ in range(3):
+        g = ((x @ w.T).softmax(1) - torch.eye(2)[y]).T @ x / len(x)
+        v = 0.9 * v + g
+        w = w - 0.05 * v
+    def constant(optimiser, steps): return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0)
+    fit(net, ds, 3, 0.05, augmented=False, batch_size=16, weight_decay=0, optimiser=partial(torch.optim.SGD, momentum=0.9), schedule=constant)
+    torch.testing.assert_close(torch.cat([net.head.weight, net.head.bias[:, None]], 1).detach().double(), w, rtol=1e-4, atol=1e-5)
+
+
+def test_the_probe_leaves_out_rows_without_a_label():
+    ds = random_set()
+    hidden = replace(ds, table=ds.table.assign(**{ds.task.name: np.where(np.arange(len(ds)) < 30, ds.target(), -1)}))
+    a, b = fit_probe(source(), hidden), fit_probe(source(), ds.take(range(30)))
+    assert a.config["n"] == 30 and torch.equal(a.net.head.weight, b.net.head.weight)
