@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'TOLERANCE', 'USE', 'LIMITS', 'FILES', 'decided', 'choose_threshold', 'Bundle', 'save_bundle', 'load_bundle']
 
-# %% ../nbs/24_deploy.ipynb #39d063b5
+# %% ../nbs/24_deploy.ipynb #2065fdb6
 import hashlib, json, os, platform, shutil
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -19,8 +19,8 @@ from safetensors import torch as tensors
 
 from .backbones import Provenance, create_model
 from .core import MedxferError, choose, clear_write_errors, sha256
-from .imageset import ImageSet, Info, Task
 from .images import fit_square, read_image, to_gray, to_uint8
+from .imageset import ImageSet, Info, Task
 from .metrics import auroc, balanced_accuracy, score
 from .surgery import Network
 from .training import predict_proba
@@ -123,7 +123,7 @@ def _check(bundle, golden, name):
     raise MedxferError(f"bundle {name}: its golden pictures get other probabilities, off by up to {off:.3g} ({bundle.facts['tolerance']:g} allowed); "
                        f"{f'it was made with {made}' if made else 'it was changed, or this machine computes differently'}: do not use it")
 
-# %% ../nbs/24_deploy.ipynb #227569e6
+# %% ../nbs/24_deploy.ipynb #df6b2fe8
 USE = "Teaching and research on transfer learning."
 LIMITS = "Not a medical device, not for clinical use. Other kinds of pictures, scanners or patients than those below may get wrong and sure answers."
 
@@ -139,7 +139,7 @@ def _card(facts, scores, use, limits):
     sections = {
         "Classes": f"{', '.join(task['classes'])}. The answer is {rule}.", "Intended use": use, "Limits": limits,
         "Scores": "\n".join(["| | value and 95 % interval | pictures | interval by |", "|---|---|---|---|", *rows]),
-        "Data": "{title} ({name}), {modality}. Source: {source}. Licence: {licence}. Note: {note}.".format(**data | dict(note=data["note"] or "none")),
+        "Data": "{title} ({name}), {modality}. Source: {source}. Licence: {licence}. {note}".format(**data),
         "Backbone": "{source}; file {file}, sha256 {sha256}; licence: {licence}.".format(**origin) if origin else "Random weights.",
         "Training": "\n".join(f"- {k}: {v}" for k, v in (facts["training"] | facts["versions"]).items())}
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n# {name}\n\n" + "\n\n".join(f"## {k}\n\n{v}" for k, v in sections.items()) + "\n"))
