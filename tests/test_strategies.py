@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_datasets import random_set
+from test_imageset import random_set
 from test_training import bright_or_dark
 from test_transfer import fingerprint, source
 from torch import nn
