@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trunk', 'distance', 'Penalty', 'L2SP', 'DELTA', 'BSS', 'LwF', 'calibrate', 'CoTuning', 'StochNorm']
 
-# %% ../nbs/15_penalties.ipynb #1da1854d
+# %% ../nbs/15_penalties.ipynb #7eafd7da
 import copy, math
 from functools import partial
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .backbones import extract
 from .core import MedxferError
-from .imageset import ImageSet, Task
+from .imageset import ImageSet
 from .loop import Callback
 from .surgery import Network
 from .training import frozen_stages
@@ -69,7 +69,7 @@ class L2SP(Penalty):
         moved = [w - w0 for w, w0 in zip(trunk(loop.net), self.start)]
         return self.alpha / 2 * _square(moved) + self.beta / 2 * _square(loop.net.head.parameters())
 
-# %% ../nbs/15_penalties.ipynb #daa95058
+# %% ../nbs/15_penalties.ipynb #838073e4
 @torch.no_grad()
 def _channel_attention(
     net: Network,  # with a head that was trained on frozen features
@@ -77,7 +77,7 @@ def _channel_attention(
     most: int = 256,  # pictures to measure on
 ) -> torch.Tensor:  # (C,) weights of the last map's channels; they sum to 1
     "How much the loss rises without a channel, as weights (Li et al. 2019)."
-    net.eval()
+    net, train = net.eval(), train.labelled()
     maps, y = net.feature_map(net.batch(train.images[:most])), torch.tensor(train.target()[:most], device=net.head.weight.device)
     def loss(without):
         kept = maps.clone()

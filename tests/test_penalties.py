@@ -1,11 +1,12 @@
 "Penalties: each against its formula worked out by hand."
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_datasets import random_set
+from test_imageset import random_set
 from test_training import bright_or_dark
 from test_transfer import source
 from torch import nn
@@ -124,6 +125,12 @@ def test_attention_follows_the_rise_of_the_loss():
     rise = (rise - F.cross_entropy(whole, y)).detach().double()
     by_hand = ((rise - rise.mean()) / rise.std() / 5).exp()
     torch.testing.assert_close(_channel_attention(net, ds).double(), by_hand / by_hand.sum(), rtol=1e-2, atol=1e-5)
+
+
+def test_attention_leaves_out_rows_without_a_label():
+    net, ds = target(source()), random_set()
+    hidden = replace(ds, table=ds.table.assign(label=np.where(np.arange(len(ds)) < 30, ds.target(), -1)))
+    assert torch.equal(_channel_attention(net, hidden), _channel_attention(net, ds.take(range(30))))
 
 
 @pytest.mark.parametrize("k", [1, 3])
