@@ -28,7 +28,7 @@ _MOVES = (
     Strategy("early", "the first two stages", (HEAD, replace(ALL, frozen=slice(2, None), decay=1))),
     Strategy("gradual", "gradual unfreezing", (HEAD, *(replace(ALL, epochs=3, frozen=slice(None, -k)) for k in range(2, 6)), replace(ALL, epochs=3))),
     Strategy("discriminative", "all at once, rates by depth", (ALL,)),
-    Strategy("full", "all at once, one rate", (Phase(10, 1e-3),)),
+    Strategy("full", "all at once, one rate", (Phase(10, 3e-4),)),
     Strategy("sensitive", "from scratch, same architecture", (Phase(25, 3e-3),), pretrained=False),
 )
 

@@ -154,7 +154,7 @@ STRATEGIES = {s.name: s for s in (
 )}
 KNOWN = dict(STRATEGIES)  # the names that `transfer` takes; lesson strategies adds its own
 
-# %% ../nbs/14_transfer.ipynb #0365c063
+# %% ../nbs/14_transfer.ipynb #a8d876b0
 def transfer(
     ds: ImageSet,  # domain B; only its training split is used
     strategy="fine_tuning",  # a name in KNOWN, or a Strategy
@@ -177,7 +177,8 @@ def transfer(
     if s.prepare: train = s.prepare(net_b, train, whole.images[~whole.table["id"].isin(train.table["id"])], seed, files[0])
     steps = [(phase, f"{s.title}, seed {seed}", file) for phase, file in zip(s.phases, files[1:])]
     runs = [_train_phase(net_b, net_a, train, seed, *step) for step in steps] or [fit_probe(net_b, train)]
-    history = pd.concat([r.history for r in runs], ignore_index=True).rename_axis("epoch")
+    history = pd.concat([r.history for r in runs])
+    history.index = pd.RangeIndex(1, len(history) + 1, name="epoch")
     return Run(net_b, dict(strategy=s.name) | runs[-1].config | dict(seed=seed), history, sum(r.seconds for r in runs))
 
 
