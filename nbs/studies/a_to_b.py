@@ -15,7 +15,7 @@ from medxfer_nb.transfer import Phase, Strategy
 HOME = Path(__file__).with_suffix("")
 HELD = "l2_sp", "delta", "bss", "lwf", "co_tuning", "stochnorm"
 MOVES = "feature_extraction", "fully_connected", "last_two", "early", "gradual", "discriminative", "full", "fine_tuning", "lp_ft"
-STARTS = "scratch", "sensitive", "mean_var"
+STARTS = "scratch",  # of the strategies that start at random
 TWO_HOPS = "feature_extraction", "fully_connected", "last_two", "fine_tuning", "l2_sp"
 LITES = [f"tf_efficientnet_lite{i}" for i in range(3)]
 
