@@ -602,6 +602,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medxfer_nb.study._run': ('study.html#_run', 'medxfer_nb/study.py'),
                                   'medxfer_nb.study._scored': ('study.html#_scored', 'medxfer_nb/study.py'),
                                   'medxfer_nb.study._together': ('study.html#_together', 'medxfer_nb/study.py'),
+                                  'medxfer_nb.study._word': ('study.html#_word', 'medxfer_nb/study.py'),
                                   'medxfer_nb.study.difference': ('study.html#difference', 'medxfer_nb/study.py'),
                                   'medxfer_nb.study.load_study': ('study.html#load_study', 'medxfer_nb/study.py'),
                                   'medxfer_nb.study.plot': ('study.html#plot', 'medxfer_nb/study.py'),

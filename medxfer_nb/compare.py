@@ -152,11 +152,10 @@ def compare(
     test, valid, content = _labelled(ds, "test"), _labelled(ds, "val"), _content(ds) if folder else None
     if test is None: raise MedxferError(f"{ds.info.name} has no labelled test image; compare() needs a test split")
     arms = _arms(sources, chosen, counts)
-    def place(name, seed):
-        arm, strategy, source = arms[name]
-        return Path(folder) / f"{arm.strategy}-n{arm.n}-{seed}-{_key(content, strategy, arm.n, _source(source), size)}.npz" if folder else None
     if folder:
         with clear_write_errors(folder): Path(folder).mkdir(parents=True, exist_ok=True)
+    keys = {name: _key(content, s, arm.n, _source(source), size) for name, (arm, s, source) in arms.items()} if folder else {}
+    def place(name, seed): return folder and Path(folder) / f"{arms[name][0].strategy}-n{arms[name][0].n}-{seed}-{keys[name]}.npz"
     plans = [Plan(name, s, source, arm.n if arm.n < total else None, seed, size, place(name, seed))
              for seed, (name, (arm, s, source)) in itertools.product(range(seeds), arms.items())]
     study = Study(_title(ds, sources, counts), test.target(), test.groups, {name: arm for name, (arm, *_) in arms.items()}, seeds, metric)

@@ -85,16 +85,17 @@ def resampled(
     study: Study,
     arm: str,
     seeds,  # that this arm has finished
+    name: str | None = None,  # 'accuracy' or 'balanced accuracy'; None: the study's metric
 ) -> np.ndarray:  # (1 + n_boot, len(seeds)): the metric on all patients, then on each resample
-    "The study's metric for each of an arm's runs, on resamples that all arms share."
-    return np.stack([_run(study, arm, s)[study.metric.name] for s in seeds], axis=1)
+    "A metric for each of an arm's runs, on resamples that all arms share."
+    return np.stack([_run(study, arm, s)[name or study.metric.name] for s in seeds], axis=1)
 
 
 def _scored(study, name, a, b=None):
     "The mean over seeds of one arm, or of the difference of two, with an interval over patients and seeds."
     seeds, n = study.done(*([a, b] if b else [a])), len(study.y)
     if not seeds: return Score(None, None, None, n, "no runs", "no finished run")
-    runs = np.stack([_run(study, a, s)[name] - (_run(study, b, s)[name] if b else 0) for s in seeds], axis=1)
+    runs = resampled(study, a, seeds, name) - (resampled(study, b, seeds, name) if b else 0)
     method = f"95% interval: bootstrap over {len(np.unique(study.groups))} patients, t over {len(seeds)} seeds"
     if np.isnan(runs[0]).any(): return Score(None, None, None, n, method, f"only class {study.y[0]} is in the test set")
     if np.ptp(runs) == 0 and not b: return score(_metrics(study)[name], study.y, study.predictions[a, seeds[0]], study.groups, study.n_boot)
@@ -134,6 +135,9 @@ class Verdict:
     def __repr__(self): return f"{self.word}: {self.sentence}"
 
 
+def _word(low, high): return "helped" if low > 0 else "hurt" if high < 0 else "no evidence"
+
+
 def verdict(
     study: Study,
     a: str,  # the arm that should help
@@ -142,7 +146,7 @@ def verdict(
     "'helped' if the whole 95 % interval of metric(a) - metric(b) lies above 0, 'hurt' if below, else 'no evidence'."
     effect, k = study.difference(a, b), len(study.done(a, b))
     known = effect.low is not None and k > 1
-    word = "helped" if known and effect.low > 0 else "hurt" if known and effect.high < 0 else "no evidence"
+    word = _word(effect.low, effect.high) if known else "no evidence"
     reason = {"helped": f"All of the interval is above 0: {a} helped", "hurt": f"All of the interval is below 0: {a} hurt",
               "no evidence": f"{'The interval holds 0: no' if known else 'No'} evidence that {a} helped or hurt"}[word]
     size = f"{k} {'seed' if k == 1 else 'seeds'}, {len(np.unique(study.groups))} test patients"
@@ -183,7 +187,7 @@ def verdicts(
     low, high, q = _together(runs, np.random.default_rng(0))
     method = f"95% intervals for {len(pairs)} differences together, max-t, q = {q:.2f}: {len(np.unique(study.groups))} patients, {len(seeds)} seeds"
     effects = [Score(float(v), float(a), float(b), len(study.y), method) for v, a, b in zip(runs[0].mean(axis=0), low, high)]
-    words = ["helped" if e.low > 0 else "hurt" if e.high < 0 else "no evidence" for e in effects]
+    words = [_word(e.low, e.high) for e in effects]
     return pd.DataFrame(dict(against=list(pairs.values()), difference=effects, verdict=words), index=list(pairs))
 
 
@@ -194,7 +198,8 @@ def runs(
     study: Study,
 ) -> pd.DataFrame:  # a row a run: arm, strategy, backbone, n, seed, the metric, seconds
     "Every finished run; `.to_csv(...)` takes it anywhere."
-    rows = [dict(arm=a, **asdict(study.arms[a]), seed=s) | {study.metric.name: study.table.loc[a, s], "seconds": study.seconds.get((a, s), np.nan)}
+    name, table = study.metric.name, study.table
+    rows = [dict(arm=a, **asdict(study.arms[a]), seed=s) | {name: table.loc[a, s], "seconds": study.seconds.get((a, s), np.nan)}
             for a in study.arms for s in study.done(a)]
     return pd.DataFrame(rows)
 
