@@ -143,6 +143,7 @@ def compare(
     size: int | None = None,  # side of the network's pictures, as in `transfer`
     metric: Metric = auroc,  # of the verdict
     folder=None,  # keep finished runs here, and take them from here the next time
+    known: Study | None = None,  # an earlier study of the same images: the runs that it has are taken over
     workers: int = 1,  # runs at a time
 ) -> Study:
     "Train every strategy on every backbone, budget and seed, score all on the same test patients; a run that fails or is stopped leaves the others."
@@ -160,9 +161,22 @@ def compare(
              for seed, (name, (arm, s, source)) in itertools.product(range(seeds), arms.items())]
     study = Study(_title(ds, sources, counts), test.target(), test.groups, {name: arm for name, (arm, *_) in arms.items()}, seeds, metric)
     if valid: study.valid = Study(study.title + ", validation", valid.target(), valid.groups, study.arms, seeds, metric, seconds=study.seconds)
+    if known: _take_over(study, known)
+    plans = [plan for plan in plans if (plan.arm, plan.seed) not in study.predictions]
     _collect(study, progress(_results(ds, test, valid, plans, workers), "comparing", len(plans)))
     if study.failed and not study.predictions: raise next(iter(study.failed.values()))
     return study
+
+
+def _take_over(study, known):
+    "Put the runs of an earlier study that belong to this one into it."
+    for mine, theirs in ((study, known), (study.valid, known.valid)):
+        same = bool(mine) == bool(theirs) and (not mine or np.array_equal(mine.y, theirs.y) and np.array_equal(mine.groups.astype(str), theirs.groups.astype(str)))
+        if not same: raise MedxferError(f"known= is a study of other images ({known.title}): pass one of the same data set and splits")
+    for (name, seed), p in known.predictions.items():
+        if known.arms[name] != study.arms.get(name) or seed >= study.seeds: continue
+        study.predictions[name, seed], study.seconds[name, seed] = p, known.seconds[name, seed]
+        if study.valid: study.valid.predictions[name, seed] = known.valid.predictions[name, seed]
 
 
 def _collect(study, results):

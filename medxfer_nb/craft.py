@@ -15,12 +15,12 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 from torch.optim import lr_scheduler, swa_utils
-from torch.utils.benchmark import Timer
 
 from .surgery import Network
 from .core import MedxferError, choose
 from .imageset import ImageSet
 from .loop import Callback
+from .speed import measure
 from .training import Watch, fit
 
 # %% ../nbs/13_craft.ipynb #54de136b
@@ -153,18 +153,6 @@ class MixedPrecision(Callback):
     def before_fit(self, loop):
         kind = next(loop.net.parameters()).device.type
         loop.context = lambda: torch.autocast(kind, torch.bfloat16)
-
-    @staticmethod
-    def speedup(net: Network, batch_size: int = 16) -> float:
-        "How many times as fast a step of `net` is in bfloat16 on this machine; below 1: slower."
-        net, at = copy.deepcopy(net).train(), next(net.parameters()).device
-        x = torch.zeros(batch_size, 3, net.spec.size, net.spec.size, device=at).contiguous(memory_format=torch.channels_last)
-        def step(half):
-            with torch.autocast(at.type, torch.bfloat16, enabled=half): loss = net(x).float().logsumexp(1).mean()
-            loss.backward()
-        def seconds(half): return Timer("step(half)", globals=dict(step=step, half=half), num_threads=torch.get_num_threads()).timeit(1).mean
-        with torch.random.fork_rng(): full, half = np.min([(seconds(False), seconds(True)) for _ in range(3)], axis=0)  # in turn: others work too
-        return float(full / half)
 
 # %% ../nbs/13_craft.ipynb #3d66ec25
 def _balanced(ds):

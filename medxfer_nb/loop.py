@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from .core import MedxferError, atomic_write, progress
+from .speed import adamw, quick
 
 # %% ../nbs/11_loop.ipynb #5596b4a3
 def one_cycle(
@@ -127,7 +128,7 @@ class Loop:
         weight_decay: float = 0.01,
         seed: int = 0,  # of order, augmentation and dropout
         callbacks: Sequence = (),
-        optimiser: Callable = torch.optim.AdamW,  # (groups, weight_decay=) -> optimiser
+        optimiser: Callable = adamw,  # (groups, weight_decay=) -> optimiser
         schedule: Callable = one_cycle,  # (optimiser, steps) -> schedule
         names: Sequence | None = None,  # of the rows, for errors
         every: float = 60,  # seconds between saves inside an epoch
@@ -195,7 +196,7 @@ class Loop:
     def _step(self, rows):
         "One step down the gradient; a loss that is no finite number stops before it can spoil the weights."
         self.rows = rows
-        with self.context(): self.loss = self.loss_of(self, rows)
+        with self.context(), quick(): self.loss = self.loss_of(self, rows)
         self.call("after_loss")
         if not torch.isfinite(self.loss): raise MedxferError(_diagnosis(self))
         self.optimiser.zero_grad(); self.loss.backward()

@@ -169,6 +169,7 @@ class Network(nn.Module):
         super().__init__()
         self.stages, self.neck, self.head, self.spec = stages, neck, head, spec
         self.bn_eval = False  # keep every BatchNorm in evaluation mode while training
+        self.layout = torch.channels_last  # of batches in memory
 
     def forward(self, x):
         "Logits `(B, classes)` of a batch `(B, 3, H, W)`."
@@ -219,7 +220,7 @@ class Network(nn.Module):
         side = (self.spec.size, self.spec.size)
         if x.shape[-2:] != side: x = F.interpolate(x, side, mode="bilinear", antialias=True)
         mean, std = (torch.tensor(v, device=x.device).view(channels, 1, 1) for v in (self.spec.mean, self.spec.std))
-        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        return ((x - mean) / std).contiguous(memory_format=self.layout)
 
     def batches(self, pictures, batch_size: int = 64):
         "Yield `batch` of at most `batch_size` pictures at a time, in order; the parts are as equal as can be, since BatchNorm averages over batches."

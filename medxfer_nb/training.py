@@ -136,7 +136,7 @@ def fit(
     feed, views = _feeder(net, known.images, k), _views(augmented, train.info.flip)
 
     def classify(loop, rows):
-        loop.x, loop.y = views(feed(rows), loop.generator), y[rows]
+        loop.x, loop.y = views(feed(rows), loop.generator).contiguous(memory_format=net.layout), y[rows]
         loop.call("before_batch")
         loop.features = net.neck(net.stages[k:](loop.x))
         loop.logits = net.head(loop.features)

@@ -186,5 +186,5 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 def test_functions_stand_in_the_record_by_name(tmp_path):
     assert _name(steady) == "steady" and _name(partial(steady, steps=3)) == "steady(){'steps': 3}" and _name(slice(2)) == "slice(None, 2, None)"
     config = train(small(), 1, tmp_path / "c", schedule=steady, policy=partial(steady, 1)).config
-    assert (config["schedule"], config["policy"], config["optimiser"]) == ("steady", "steady(1,){}", "AdamW")
+    assert (config["schedule"], config["policy"], config["optimiser"]) == ("steady", "steady(1,){}", "AdamW(){'fused': True}")
     assert torch.load(tmp_path / "c", weights_only=True)["config"] == config

@@ -2,7 +2,8 @@
 
     python nbs/studies/a_to_b.py --runs reports/a_to_b --workers 2
 
-Needs breastmnist.npz and pneumoniamnist.npz (28 x 28) in MEDXFER_DATA. Finished runs are kept in --runs; the studies are written beside this file."""
+Needs breastmnist.npz and pneumoniamnist.npz (28 x 28) in MEDXFER_DATA. Finished runs are kept in --runs; the studies are written beside this file,
+and what they hold already is not trained again: move them away to repeat everything."""
 import argparse
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from medxfer_nb.compare import compare
 from medxfer_nb.datasets import load
 from medxfer_nb.strategies import transfer
+from medxfer_nb.study import load_study
 from medxfer_nb.transfer import Phase, Strategy
 
 HOME = Path(__file__).with_suffix("")
@@ -17,6 +19,7 @@ HELD = "l2_sp", "delta", "bss", "lwf", "co_tuning", "stochnorm"
 MOVES = "feature_extraction", "fully_connected", "last_two", "early", "gradual", "discriminative", "full", "fine_tuning", "lp_ft"
 STARTS = "scratch",  # of the strategies that start at random
 TWO_HOPS = "feature_extraction", "fully_connected", "last_two", "fine_tuning", "l2_sp"
+NAMES = "best_on_breast", "best_on_pneumonia", "imagenet_to_breast", "pneumonia_to_breast", "batch_norm"
 LITES = [f"tf_efficientnet_lite{i}" for i in range(3)]
 
 
@@ -36,26 +39,38 @@ def pneumonia_network(runs):
     return transfer(load("pneumoniamnist"), one_cycle(4), n=None, size=96, checkpoint=runs / "source").net
 
 
-def studies(runs, workers, seeds=3):
-    "(name, Study) of everything that the notebook shows."
-    breast, pneumonia, options = load("breastmnist"), load("pneumoniamnist"), dict(seeds=seeds, folder=runs, workers=workers)
-    yield "imagenet_to_breast", compare(breast, [*STARTS, *MOVES, *HELD], "all", size=96, **options)
-    sources = {"ImageNet, then PneumoniaMNIST": pneumonia_network(runs)}
-    yield "pneumonia_to_breast", compare(breast, TWO_HOPS, "all", backbones=sources, **options)
+def arms(name, runs):
+    "What `compare` is asked for in one of the studies: data, strategies, options."
     moving = replace(one_cycle(8), name="one_cycle_norm_follows", prepare=norm_follows)
-    yield "batch_norm", compare(breast, [one_cycle(8), moving], "all", size=128, **options)
-    yield "best_on_breast", compare(breast, [one_cycle(8)], "all", backbones=LITES, size=128, **options)
-    yield "best_on_pneumonia", compare(pneumonia, [one_cycle(4)], "all", size=96, **options)
+    asked = {
+        "best_on_breast": lambda: ("breastmnist", [one_cycle(8)], dict(backbones=LITES, size=128)),
+        "best_on_pneumonia": lambda: ("pneumoniamnist", [one_cycle(4)], dict(size=96)),
+        "imagenet_to_breast": lambda: ("breastmnist", [*STARTS, *MOVES, *HELD], dict(size=96)),
+        "pneumonia_to_breast": lambda: ("breastmnist", TWO_HOPS, dict(backbones={"ImageNet, then PneumoniaMNIST": pneumonia_network(runs)})),
+        "batch_norm": lambda: ("breastmnist", [one_cycle(8), moving], dict(size=128)),
+    }
+    return asked[name]()
+
+
+def study(name, runs, workers, seeds):
+    "One study; the runs that lie beside this file already are taken over."
+    data, strategies, options = arms(name, runs)
+    file = HOME / f"{name}.npz"
+    known = load_study(file) if file.exists() else None
+    return compare(load(data), strategies, "all", seeds=seeds, folder=runs, workers=workers, known=known, **options)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder for finished runs")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--seeds", type=int, default=6, help="runs an arm (default: 6)")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="studies to do (default: all)")
     args = parser.parse_args()
-    for name, study in studies(args.runs, args.workers):
-        print(study)
-        study.save(HOME / f"{name}.npz")
+    for name in args.only:
+        done = study(name, args.runs, args.workers, args.seeds)
+        print(done)
+        done.save(HOME / f"{name}.npz")
 
 
 if __name__ == "__main__": main()

@@ -1,0 +1,151 @@
+"speed: gradients against autograd's own, what the mode touches and what not, measuring without a trace, choices that are kept."
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from medxfer_nb import speed
+from medxfer_nb.backbones import create_model
+from medxfer_nb.core import MedxferError
+from medxfer_nb.speed import Choice, adamw, depthwise_weight_grad, fastest, measure, quick
+
+
+def small(**options): return create_model("small_cnn", pretrained=False, num_classes=2, size=32, **options)
+
+
+def depthwise(k=5, stride=1, padding=2, channels=6, bias=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Conv2d(channels, channels, k, stride, padding, groups=channels, bias=bias, dtype=dtype)
+
+
+def gradients(conv, x, mode):
+    x = x.clone().requires_grad_(True)
+    with mode: y = conv(x)
+    wanted = [x, *(p for p in conv.parameters() if p.requires_grad)]
+    return y, torch.autograd.grad(y.square().sum(), wanted)
+
+
+@pytest.mark.parametrize("k", [(5, 5), (7, 7), (5, 7)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize("side", [(9, 9), (12, 8)])
+def test_weight_gradient_is_autograd_s(k, stride, padding, side):
+    conv = depthwise(k, stride, padding, dtype=torch.float64)
+    x = torch.randn(3, 6, *side, dtype=torch.float64)
+    y = conv(x)
+    g = torch.randn_like(y)
+    expected, = torch.autograd.grad(y, conv.weight, g)
+    torch.testing.assert_close(depthwise_weight_grad(x, g, k, conv.stride, conv.padding), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_mode_changes_rounding_only(bias, stride, layout):
+    conv, x = depthwise(stride=stride, bias=bias), torch.randn(4, 6, 12, 12).contiguous(memory_format=layout)
+    (y, plain), (z, ours) = gradients(conv, x, torch.enable_grad()), gradients(conv, x, quick())
+    assert torch.equal(y, z) and "_Depthwise" in type(z.grad_fn).__name__
+    for a, b in zip(plain, ours): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_weights_get_no_gradient():
+    conv = depthwise().requires_grad_(False)
+    x = torch.randn(2, 6, 8, 8)
+    (_, (ours,)), (_, (plain,)) = gradients(conv, x, quick()), gradients(conv, x, torch.enable_grad())
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("conv", [
+    nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 12, 5, groups=6), nn.Conv2d(6, 6, 5), nn.Conv2d(6, 6, 5, groups=6, dilation=2),
+    nn.Conv2d(6, 6, 5, groups=6, padding="same"), nn.Conv2d(6, 6, 5, groups=6, padding=2, padding_mode="reflect", dtype=torch.float64),
+], ids=["3 x 3", "two channels each", "not depthwise", "dilated", "padding by name", "float64"])
+def test_everything_else_is_left_to_the_library(conv):
+    y, _ = gradients(conv, torch.randn(2, 6, 12, 12, dtype=conv.weight.dtype), quick())
+    assert "_Depthwise" not in type(y.grad_fn).__name__
+
+
+def test_autocast_is_left_alone_and_nothing_stays_behind():
+    conv, x = depthwise(), torch.randn(2, 6, 12, 12)
+    with quick(), torch.autocast("cpu", torch.bfloat16): assert conv(x).dtype == torch.bfloat16
+    assert "_Depthwise" not in type(conv(x).grad_fn).__name__
+
+
+def test_it_says_that_it_cannot_be_differentiated_twice():
+    conv, x = depthwise(), torch.randn(2, 6, 8, 8)
+    with quick(): y = conv(x).square().sum()
+    g, = torch.autograd.grad(y, conv.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"): g.sum().backward()
+
+
+def test_a_network_with_large_windows_gets_the_same_gradients():
+    net, x = create_model("mobilenet_v3_small", pretrained=False, num_classes=2, size=64).train(), torch.randn(4, 3, 64, 64)
+    net.bn_eval = True
+    net.train()
+    found = []
+    for mode in (torch.enable_grad(), quick()):
+        torch.manual_seed(0)
+        net.zero_grad()
+        with mode: loss = F.cross_entropy(net(x), torch.tensor([0, 1, 0, 1]))
+        loss.backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+    for a, b in zip(*found): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_fused_adamw_makes_the_same_steps():
+    plain, fused = nn.Linear(5, 3), nn.Linear(5, 3)
+    fused.load_state_dict(plain.state_dict())
+    for net, make in ((plain, torch.optim.AdamW), (fused, adamw)):
+        optimiser, chance = make(net.parameters(), lr=0.1, weight_decay=0.1), torch.Generator().manual_seed(0)
+        for _ in range(20):
+            optimiser.zero_grad()
+            net(torch.randn(8, 5, generator=chance)).square().sum().backward()
+            optimiser.step()
+    torch.testing.assert_close(plain.weight, fused.weight)
+
+
+# --- measuring ---
+
+
+def test_measuring_leaves_no_trace():
+    net, chance = small().eval(), torch.get_rng_state()
+    state = copy.deepcopy(net.state_dict())
+    table = measure(net, batch_size=4, rounds=1)
+    assert (table > 0).all(axis=None) and table.shape == (2, 2)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and not net.training
+    assert torch.equal(torch.get_rng_state(), chance) and all(p.grad is None for p in net.parameters())
+
+
+def test_all_frozen_is_a_clear_error():
+    with pytest.raises(MedxferError, match="every weight is frozen"): measure(small().requires_grad_(False))
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    "Measurements that the test sets, and how often somebody asked for one."
+    monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
+    asked, table = [], copy.deepcopy(measure(small(), 2, 1))
+    monkeypatch.setattr(speed, "measure", lambda net, batch_size: asked.append(batch_size) or table)
+    return asked, table
+
+
+@pytest.mark.parametrize(("times", "choice"), [
+    ([10, 8, 12, 12], Choice("channels last", "bfloat16")), ([10, 9.5, 9.9, 12], Choice()), ([10, 12, 5, 6], Choice("contiguous", "float32")),
+])
+def test_the_fastest_is_chosen_if_it_is_a_tenth_faster(measured, times, choice):
+    measured[1].loc[:] = torch.tensor(times, dtype=torch.float64).view(2, 2).numpy()
+    assert fastest(small()) == choice
+
+
+def test_a_choice_is_made_once_for_each_case_and_kept(measured, tmp_path):
+    asked, table = measured
+    table.loc[:] = [[10.0, 5.0], [11.0, 12.0]]
+    first = fastest(small())
+    table.loc[:] = [[5.0, 10.0], [11.0, 12.0]]
+    assert fastest(small()) == first == Choice("channels last", "bfloat16") and asked == [16]
+    part = small()
+    part.stages[:2].requires_grad_(False)
+    assert fastest(part) == Choice() and fastest(small(), batch_size=8) == Choice() and asked == [16, 16, 8]
+    assert len(json.loads((tmp_path / "speed" / "choices.json").read_text())) == 3
