@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MedxferError', 'choose', 'cache_dir', 'sha256', 'clear_write_errors', 'atomic_write', 'cached', 'seed_everything',
-           'device', 'progress', 'show']
+           'device', 'progress', 'png', 'show']
 
 # %% ../nbs/00_core.ipynb #4ed57b78
 import contextlib, difflib, errno, glob, hashlib, io, json, os, random, shutil, sys, tempfile, time
@@ -58,6 +58,7 @@ def clear_write_errors(
     try: yield
     except OSError as e:
         known = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the disk is read-only",
+                 errno.EEXIST: "a file stands where a folder should be", errno.ENOTDIR: "a file stands where a folder should be",
                  errno.EACCES: "writing is not allowed there"}
         if e.errno not in known: raise
         raise MedxferError(f"cannot write {path}: {known[e.errno]}; free some space or set MEDXFER_CACHE to another disk") from e
@@ -181,6 +182,21 @@ def progress(
     return _Log(items, desc=what, total=total, mininterval=_EVERY, delay=_EVERY, miniters=1, ncols=100, ascii=True)
 
 # %% ../nbs/00_core.ipynb #c0677dda
+def png(
+    fig,  # a matplotlib figure; it is closed
+    dpi: int = 72,  # dots per inch
+) -> bytes:
+    "The figure as a small PNG file of 256 colours."
+    from matplotlib import pyplot as plt
+    from PIL import Image as Pillow
+
+    with io.BytesIO() as drawn, io.BytesIO() as small:
+        fig.savefig(drawn, dpi=dpi, bbox_inches="tight", facecolor="white")
+        plt.close(fig)
+        Pillow.open(drawn).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+        return small.getvalue()
+
+
 def show(
     fig,  # a matplotlib figure
     alt: str,  # what the figure shows, in a sentence or two
@@ -188,12 +204,6 @@ def show(
 ):
     "Display `fig` with an alternative text for readers who cannot see it, and close it."
     from IPython.display import Image, display
-    from matplotlib import pyplot as plt
-    from PIL import Image as Pillow
 
     if not alt.strip(): raise MedxferError("show() needs a sentence in alt= that says what the figure shows")
-    with io.BytesIO() as drawn, io.BytesIO() as small:
-        fig.savefig(drawn, dpi=dpi, bbox_inches="tight", facecolor="white")
-        Pillow.open(drawn).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
-        display(Image(small.getvalue(), alt=alt))
-    plt.close(fig)
+    display(Image(png(fig, dpi), alt=alt))

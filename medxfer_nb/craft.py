@@ -20,7 +20,6 @@ from .surgery import Network
 from .core import MedxferError, choose
 from .imageset import ImageSet
 from .loop import Callback
-from .speed import measure
 from .training import Watch, fit
 
 # %% ../nbs/13_craft.ipynb #54de136b

@@ -35,6 +35,7 @@ class Run:
     config: dict  # what was asked for
     history: pd.DataFrame  # a row an epoch: loss, and what else was logged
     seconds: float
+    flops: float = 0.0  # operations in the network; 0: not counted
     versions: dict = field(default_factory=lambda: dict(torch=torch.__version__, numpy=np.__version__))
 
     def __repr__(self):

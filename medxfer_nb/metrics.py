@@ -61,9 +61,13 @@ def checked(
 class Metric:
     "A metric that is the mean of its parts, each computed for many sets of weights at once."
     name: str  # for tables and sentences
-    parts: Callable = field(repr=False)  # parts(y, p, w) -> (b, K), NaN where a resample lacks a class
-    trials: Callable = field(repr=False)  # trials(y, p, groups) -> independent trials behind each part
+    parts: Callable = field(repr=False, compare=False)  # parts(y, p, w) -> (b, K), NaN where a resample lacks a class
+    trials: Callable = field(repr=False, compare=False)  # trials(y, p, groups) -> independent trials behind each part
     by_class: bool = True  # whether a class that is absent from y is left out
+    worst: float = 0.0  # the value of a network that is always wrong
+    best: float = 1.0  # the value of a flawless network
+    share: Callable | None = field(default=None, repr=False, compare=False)  # share(y, p, w) -> (b, K) that succeeded; None: the parts
+    bound: Callable | None = field(default=lambda share: share, repr=False, compare=False)  # the metric at a share; None: not known
 
     def values(self, y, p, w): return self.parts(y, p, w).mean(axis=1)
 
@@ -91,7 +95,8 @@ def _recall(y, p, w, k):
     with np.errstate(invalid="ignore"): return (w @ hit) / w.sum(1)
 
 
-def _right(y, p, w): return ((w @ (p.argmax(1) == y)) / w.sum(1))[:, None]
+def _right(y, p, w):
+    with np.errstate(invalid="ignore"): return ((w @ (p.argmax(1) == y)) / w.sum(1))[:, None]
 
 
 auroc = Metric("AUROC", _one_vs_rest, _pairs)
@@ -148,8 +153,8 @@ def interval(
 
 # %% ../nbs/15_metrics.ipynb #4049ef4b
 def _flawless(m, level):
-    "Lower bound for the mean of parts that succeeded in all of `m` trials each: Clopper & Pearson 1934, Bonferroni over the parts."
-    return float(np.mean([((1 - level) / 2 / len(m)) ** (1 / k) for k in m]))
+    "Lower bounds for the shares of parts that succeeded in all of `m` trials each: Clopper & Pearson 1934, Bonferroni over the parts."
+    return ((1 - level) / 2 / len(m)) ** (1 / np.asarray(m))
 
 # %% ../nbs/15_metrics.ipynb #52addde9
 def _label(groups, n_boot, level, draws):
@@ -157,9 +162,34 @@ def _label(groups, n_boot, level, draws):
     lost = f", {lost} left out for lack of a class" if (lost := int(np.isnan(draws).sum())) else ""
     return f"{level:.0%} percentile bootstrap, {n_boot} resamples of {_patients(groups)} {unit}{lost}"
 
+# %% ../nbs/15_metrics.ipynb #5c1ab7e2
+def _exact(metric, value, shares, m, level):
+    "The exact interval of a result without any error, or without any success; None where the metric has none."
+    wrong = value == metric.worst and not shares.any()
+    if metric.bound is None or min(m) == 0 or not (wrong or value == metric.best and (shares == 1).all()): return None
+    bound = _flawless(m, level)
+    return sorted((float(np.mean(metric.bound(1 - bound if wrong else bound))), value))
+
+
+def _judge(metric, y, p, groups, draws, level=0.95):
+    "The Score that follows from checked labels and the metric in each resample."
+    parts, shares = (f(y, p, np.ones((1, len(y))))[0] for f in (metric.parts, metric.share or metric.parts))
+    method, value, m = _label(groups, len(draws), level, draws), float(parts.mean()), metric.trials(y, p, groups)
+    if np.isnan(value): return Score(None, None, None, len(y), method, f"only class {y[0]} is in y")
+    absent = sorted(set(range(p.shape[1])) - set(y.tolist())) if metric.by_class else []
+    notes = [f"class {', '.join(map(str, absent))} absent and left out"] if absent else []
+    low, high, why = interval(draws, level)
+    if low is None and (ends := _exact(metric, value, shares, m, level)):
+        (low, high), why, method = ends, "", f"{level:.0%} exact binomial bound, {' and '.join(map(str, m))} independent trials"
+    elif low is not None and np.minimum(shares, 1 - shares) @ m < 3: why = "few errors, interval may be too narrow"
+    return Score(value, low, high, len(y), method, "; ".join(notes + [why] * bool(why)))
+
+
+Metric.judge = _judge
+
 # %% ../nbs/15_metrics.ipynb #0ff2a307
 def score(
-    metric: Metric,  # `auroc`, `accuracy` or `balanced_accuracy`
+    metric: Metric,  # `auroc`, `accuracy`, `balanced_accuracy`, or one of lesson measures
     y,  # (n,) class numbers
     p,  # (n, K) probabilities, or (n,) for two classes
     groups=None,  # (n,) the patient of each image; give it whenever patients are known
@@ -169,18 +199,7 @@ def score(
 ) -> Score:
     "The metric with a bootstrap interval over patients; over images where no patients are given."
     y, p, groups = checked(y, p, groups)
-    parts = metric.parts(y, p, np.ones((1, len(y))))[0]
-    draws = np.concatenate([metric.values(y, p, w) for w in resamples(groups, n_boot, seed)])
-    method, value, m = _label(groups, n_boot, level, draws), float(parts.mean()), metric.trials(y, p, groups)
-    if np.isnan(value): return Score(None, None, None, len(y), method, f"only class {y[0]} is in y")
-    absent = sorted(set(range(p.shape[1])) - set(y.tolist())) if metric.by_class else []
-    notes = [f"class {', '.join(map(str, absent))} absent and left out"] if absent else []
-    low, high, why = interval(draws, level)
-    if low is None and value in (0, 1) and min(m) > 0:
-        bound, why, method = _flawless(m, level), "", f"{level:.0%} exact binomial bound, {' and '.join(map(str, m))} independent trials"
-        low, high = (bound, 1.0) if value == 1 else (0.0, 1 - bound)
-    elif low is not None and np.minimum(parts, 1 - parts) @ m < 3: why = "few errors, interval may be too narrow"
-    return Score(value, low, high, len(y), method, "; ".join(notes + [why] * bool(why)))
+    return metric.judge(y, p, groups, np.concatenate([metric.values(y, p, w) for w in resamples(groups, n_boot, seed)]), level)
 
 # %% ../nbs/15_metrics.ipynb #56f5b517
 def mean_score(

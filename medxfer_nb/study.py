@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['two_level', 'Arm', 'Study', 'resampled', 'summary', 'difference', 'Verdict', 'verdict', 'verdicts', 'runs', 'save',
-           'load_study', 'plot']
+           'load_study', 'drawn', 'plot']
 
 # %% ../nbs/29_study.ipynb #24effc07
 import itertools, json, zipfile
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .core import MedxferError, atomic_write, choose, clear_write_errors, show
+from .measures import METRICS
 from .metrics import Metric, Score, accuracy, auroc, balanced_accuracy, checked, interval, resamples, score
 
 # %% ../nbs/29_study.ipynb #7fb9dbfe
@@ -50,6 +51,7 @@ class Study:
     metric: Metric = auroc
     predictions: dict = field(default_factory=dict)  # (arm, seed) -> (N, classes)
     seconds: dict = field(default_factory=dict)  # (arm, seed) -> training time
+    flops: dict = field(default_factory=dict)  # (arm, seed) -> floating-point operations of the training, where they were counted
     failed: dict = field(default_factory=dict)  # (arm, seed) -> the exception
     valid: "Study | None" = None  # the same runs on the validation images, to choose by
     n_boot: int = 2000  # resamples of the patients
@@ -91,6 +93,12 @@ def resampled(
     return np.stack([_run(study, arm, s)[name or study.metric.name] for s in seeds], axis=1)
 
 
+def _inside(metric, values, difference):
+    "Values that the metric, or a difference of two, can have."
+    ends = sorted((metric.worst, metric.best))
+    return np.clip(values, *((ends[0] - ends[1], ends[1] - ends[0]) if difference else ends))
+
+
 def _scored(study, name, a, b=None):
     "The mean over seeds of one arm, or of the difference of two, with an interval over patients and seeds."
     seeds, n = study.done(*([a, b] if b else [a])), len(study.y)
@@ -100,7 +108,7 @@ def _scored(study, name, a, b=None):
     if np.isnan(runs[0]).any(): return Score(None, None, None, n, method, f"only class {study.y[0]} is in the test set")
     if np.ptp(runs) == 0 and not b: return score(_metrics(study)[name], study.y, study.predictions[a, seeds[0]], study.groups, study.n_boot)
     draws = two_level(runs[1:], runs[0], np.random.default_rng(0))
-    low, high, why = interval(np.clip(draws, -1 if b else 0, 1))
+    low, high, why = interval(_inside(_metrics(study)[name], draws, b is not None))
     return Score(float(runs[0].mean()), low, high, n, method, why or ("one seed: the luck of training is not in it" if len(seeds) == 1 else ""))
 
 # %% ../nbs/29_study.ipynb #72ad7c9f
@@ -135,7 +143,10 @@ class Verdict:
     def __repr__(self): return f"{self.word}: {self.sentence}"
 
 
-def _word(low, high): return "helped" if low > 0 else "hurt" if high < 0 else "no evidence"
+def _word(metric, low, high):
+    "What the interval of a difference says; of a metric whose best value is the lowest, less is better."
+    if metric.best < metric.worst: low, high = -high, -low
+    return "helped" if low > 0 else "hurt" if high < 0 else "no evidence"
 
 
 def verdict(
@@ -143,12 +154,12 @@ def verdict(
     a: str,  # the arm that should help
     b: str,  # what it is compared with
 ) -> Verdict:
-    "'helped' if the whole 95 % interval of metric(a) - metric(b) lies above 0, 'hurt' if below, else 'no evidence'."
+    "'helped' if the whole 95 % interval of metric(a) - metric(b) lies on the better side of 0, 'hurt' if on the other, else 'no evidence'."
     effect, k = study.difference(a, b), len(study.done(a, b))
     known = effect.low is not None and k > 1
-    word = _word(effect.low, effect.high) if known else "no evidence"
-    reason = {"helped": f"All of the interval is above 0: {a} helped", "hurt": f"All of the interval is below 0: {a} hurt",
-              "no evidence": f"{'The interval holds 0: no' if known else 'No'} evidence that {a} helped or hurt"}[word]
+    word = _word(study.metric, effect.low, effect.high) if known else "no evidence"
+    reason = f"{'The interval holds 0: no' if known else 'No'} evidence that {a} helped or hurt"
+    if word != "no evidence": reason = f"All of the interval is {'above' if effect.low > 0 else 'below'} 0: {a} {word}"
     size = f"{k} {'seed' if k == 1 else 'seeds'}, {len(np.unique(study.groups))} test patients"
     return Verdict(word, effect, f"{a} minus {b}, {study.metric.name}: {effect:+.3f}; {size}. {reason}.")
 
@@ -156,13 +167,13 @@ def verdict(
 Study.verdict = verdict
 
 # %% ../nbs/29_study.ipynb #cd4ca400
-def _together(runs, rng, level=0.95):
+def _together(runs, rng, metric, level=0.95):
     "J intervals that hold together, from (1 + n_boot, k, J) values on all patients and on the resamples: (J,) low, (J,) high, q."
     draws = two_level(runs[1:], runs[0], rng)
     draws = draws[~np.isnan(draws).any(axis=1)]
     middle, se = runs[0].mean(axis=0), draws.std(axis=0) + 1e-12
     q = np.quantile((np.abs(draws - draws.mean(axis=0)) / se).max(axis=1), level)
-    return np.clip(middle - q * se, -1, 1), np.clip(middle + q * se, -1, 1), float(q)
+    return *(_inside(metric, middle + side * q * se, True) for side in (-1, 1)), float(q)
 
 
 def _partner(study, name, against):
@@ -184,10 +195,10 @@ def verdicts(
     seeds = study.done(*pairs, *set(pairs.values()))
     if len(seeds) < 2: raise MedxferError(f"verdicts over many arms need two seeds that all of them have finished; here are {len(seeds)}")
     runs = np.stack([study.resampled(a, seeds) - study.resampled(b, seeds) for a, b in pairs.items()], axis=2)
-    low, high, q = _together(runs, np.random.default_rng(0))
+    low, high, q = _together(runs, np.random.default_rng(0), study.metric)
     method = f"95% intervals for {len(pairs)} differences together, max-t, q = {q:.2f}: {len(np.unique(study.groups))} patients, {len(seeds)} seeds"
     effects = [Score(float(v), float(a), float(b), len(study.y), method) for v, a, b in zip(runs[0].mean(axis=0), low, high)]
-    words = [_word(e.low, e.high) for e in effects]
+    words = [_word(study.metric, e.low, e.high) for e in effects]
     return pd.DataFrame(dict(against=list(pairs.values()), difference=effects, verdict=words), index=list(pairs))
 
 
@@ -196,12 +207,12 @@ Study.verdicts = verdicts
 # %% ../nbs/29_study.ipynb #4fe8f3ce
 def runs(
     study: Study,
-) -> pd.DataFrame:  # a row a run: arm, strategy, backbone, n, seed, the metric, seconds
+) -> pd.DataFrame:  # a row a run: arm, strategy, backbone, n, seed, the metric, seconds, GFLOP (billion operations)
     "Every finished run; `.to_csv(...)` takes it anywhere."
-    name, table = study.metric.name, study.table
-    rows = [dict(arm=a, **asdict(study.arms[a]), seed=s) | {name: table.loc[a, s], "seconds": study.seconds.get((a, s), np.nan)}
-            for a in study.arms for s in study.done(a)]
-    return pd.DataFrame(rows)
+    table, keys = study.table, [(a, s) for a in study.arms for s in study.done(a)]
+    def measured(k): return {study.metric.name: table.loc[k], "seconds": study.seconds.get(k, np.nan), "GFLOP": study.flops.get(k, np.nan) / 1e9}
+    rows = [dict(arm=k[0], **asdict(study.arms[k[0]]), seed=k[1]) | measured(k) for k in keys]
+    return pd.DataFrame(rows, columns=["arm", "strategy", "backbone", "n", "seed", study.metric.name, "seconds", "GFLOP"])
 
 
 def _arrays(study, keys, i):
@@ -217,7 +228,7 @@ def save(
     "Write the study's predictions and facts, whole or not at all; failed runs are not kept."
     keys, arms = sorted(study.predictions), {name: asdict(arm) for name, arm in study.arms.items()}
     facts = dict(title=study.title, metric=study.metric.name, seeds=study.seeds, n_boot=study.n_boot, arms=arms, keys=keys)
-    facts["seconds"] = [study.seconds[k] for k in keys]
+    facts["seconds"], facts["flops"] = [study.seconds[k] for k in keys], [study.flops.get(k) for k in keys]
     arrays = _arrays(study, keys, 0) | (_arrays(study.valid, keys, 1) if study.valid else {})
     with clear_write_errors(path): Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part, open(part, "wb") as f: np.savez_compressed(f, facts=json.dumps(facts), **arrays)
@@ -230,12 +241,12 @@ def load_study(
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as f:
             arrays, facts = {name: f[name] for name in f.files}, json.loads(str(f["facts"]))
-        metric = {m.name: m for m in (auroc, accuracy, balanced_accuracy)}[facts["metric"]]
+        metric = choose(facts["metric"], METRICS, "metric")
         keys, arms = [tuple(k) for k in facts["keys"]], {name: Arm(**arm) for name, arm in facts["arms"].items()}
-        seconds = dict(zip(keys, facts["seconds"]))
+        seconds, flops = dict(zip(keys, facts["seconds"])), {k: f for k, f in zip(keys, facts.get("flops", ())) if f is not None}
         def part(i, valid=None):
             rows = dict(zip(keys, arrays[f"p{i}"]))
-            y, groups, kept = arrays[f"y{i}"], arrays[f"groups{i}"], dict(seconds=seconds, valid=valid, n_boot=facts["n_boot"])
+            y, groups, kept = arrays[f"y{i}"], arrays[f"groups{i}"], dict(seconds=seconds, flops=flops, valid=valid, n_boot=facts["n_boot"])
             return Study(facts["title"], y, groups, arms, facts["seeds"], metric, rows, **kept)
         return part(0, part(1) if "y1" in arrays else None)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
@@ -245,18 +256,27 @@ def load_study(
 Study.runs, Study.save = runs, save
 
 # %% ../nbs/29_study.ipynb #be831789
+def _about(study):
+    "What the study rests on, in a line."
+    return f"{len(study.y)} test images of {len(np.unique(study.groups))} patients, {study.seeds} seeds"
+
+
+def _missing(study):
+    "A line for each run that is not there, with the reason."
+    why = {cell: f"{type(e).__name__}: {e}" for cell, e in study.failed.items()}
+    cells = itertools.product(study.arms, range(study.seeds))
+    return [f"{a}, seed {s}: {why.get((a, s), 'not run')}" for a, s in cells if (a, s) not in study.predictions]
+
+
 def _report(study):
     "Title, what it rests on, the table, and what is missing."
-    cells = itertools.product(study.arms, range(study.seeds))
-    why = {cell: f"{type(e).__name__}: {e}" for cell, e in study.failed.items()}
-    missing = [f"{a}, seed {s}: {why.get((a, s), 'not run')}" for a, s in cells if (a, s) not in study.predictions]
-    head = f"{study.title}\n{len(study.y)} test images of {len(np.unique(study.groups))} patients, {study.seeds} seeds"
-    return "\n".join([head, study.summary().to_string(), *(["missing:", *missing] if missing else [])])
+    gaps = study.missing()
+    return "\n".join([study.title, study.about(), study.summary().to_string(), *(["missing:", *gaps] if gaps else [])])
 
 
-def plot(
+def drawn(
     study: Study,
-):
+):  # a matplotlib figure, and its alternative text
     "One row an arm: a dot for each seed, the mean with its 95 % interval."
     from matplotlib import pyplot as plt
 
@@ -269,7 +289,14 @@ def plot(
     ax.set_yticks(range(len(scores)), scores.index)
     ax.set(title=study.title, xlabel=f"{study.metric.name} on the test patients (grey: one seed)")
     ax.set_ylim(len(scores) - 0.5, -0.5)
-    show(fig, f"{study.title}. {study.metric.name} by arm: " + "; ".join(f"{a} {s}" for a, s in scores.items()) + ".")
+    return fig, f"{study.title}. {study.metric.name} by arm: " + "; ".join(f"{a} {s}" for a, s in scores.items()) + "."
 
 
-Study.__repr__, Study.plot = _report, plot
+def plot(
+    study: Study,
+):
+    "Show `drawn`."
+    show(*drawn(study))
+
+
+Study.__repr__, Study.about, Study.missing, Study.plot = _report, _about, _missing, plot

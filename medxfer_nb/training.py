@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .surgery import Network
 from .core import MedxferError, device
+from .features import features
 from .imageset import ImageSet
 from .loop import Callback, Loop, Run
 
@@ -70,12 +71,15 @@ def frozen_stages(
 
 # %% ../nbs/12_training.ipynb #02c75662
 @torch.no_grad()
-def _feeder(net, pictures, k):
-    "A function rows -> what stage `k` takes: fresh batches for k = 0, else activations that were computed once."
-    if not k: return lambda rows: net.batch(pictures[rows.numpy()])
+def _feeder(net, pictures, k, view, views, seed):
+    "A function (rows, generator) -> what stage `k` takes: fresh views for k = 0, else activations that were computed once."
+    if not k: return lambda rows, chance: view(net.batch(pictures[rows.numpy()]), chance)
+    if views:
+        seen, at = features(net, pictures, net.stage_names[k - 1], pooled=False, view=view, views=views, seed=seed), next(net.parameters()).device
+        return lambda rows, chance: seen[torch.randint(views, rows.shape, generator=chance), rows].to(at)
     net.eval()
     x = torch.cat([net.stages[:k](x) for x in net.batches(pictures)])
-    return lambda rows: x[rows]
+    return lambda rows, chance: x[rows]
 
 # %% ../nbs/12_training.ipynb #9f753aa5
 @torch.inference_mode()
@@ -125,6 +129,7 @@ def fit(
     valid: ImageSet | None = None,  # its loss is a column of the history; no pictures to train on
     augmented: bool | Callable = True,  # new views each epoch, also by a policy (batch, generator) -> batch; False computes frozen stages once
     callbacks: Sequence = (),
+    views: int = 0,  # so many views of each picture are computed once for frozen stages, and each epoch takes one of them; 0: new ones
     loss: Callable | None = None,  # (logits, targets) -> mean loss; None: the usual one of the task
     checkpoint=None,  # a file: resumed from if it is there, and kept up to date
     what: str = "training",  # a word for the progress bar
@@ -132,11 +137,12 @@ def fit(
 ) -> Run:
     "Train a classifier on the main task of `train`."
     (known, y), loss_of = _labelled(train), loss or loss_function(train.task.kind)
-    k = 0 if augmented else frozen_stages(net)
-    feed, views = _feeder(net, known.images, k), _views(augmented, train.info.flip)
+    if views and not augmented: raise MedxferError(f"views={views}: an unaugmented training has one view of each picture; leave views away")
+    k = frozen_stages(net) if views or not augmented else 0
+    feed = _feeder(net, known.images, k, _views(augmented, train.info.flip), views, options.get("seed", 0))
 
     def classify(loop, rows):
-        loop.x, loop.y = views(feed(rows), loop.generator).contiguous(memory_format=net.layout), y[rows]
+        loop.x, loop.y = feed(rows, loop.generator).contiguous(memory_format=net.layout), y[rows]
         loop.call("before_batch")
         loop.features = net.neck(net.stages[k:](loop.x))
         loop.logits = net.head(loop.features)
@@ -144,6 +150,6 @@ def fit(
 
     watch = [Watch(valid, loss_of)] if valid else []
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    facts = dict(backbone=net.spec.name, data=train.info.name, augmented=augmented, trained=trained)
+    facts = dict(backbone=net.spec.name, data=train.info.name, augmented=augmented, views=views, trained=trained)
     loop = Loop(net, len(y), classify, epochs, lr, callbacks=[*watch, *callbacks], names=known.table["id"].tolist(), **facts, **options)
     return loop.run(checkpoint, what)

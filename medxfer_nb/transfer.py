@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'KNOWN', 'train_source', 'copy_weights', 'build_target', 'freeze', 'Phase', 'Strategy', 'rates',
-           'fit_probe', 'transfer']
+           'fit_probe', 'transfer', 'source_network']
 
 # %% ../nbs/20_transfer.ipynb #6781c3c9
 import copy, time
@@ -15,17 +15,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from .backbones import create_model, extract
 from .core import MedxferError, choose, clear_write_errors
+from .craft import MixedPrecision
 from .imageset import ImageSet
 from .loop import Run
+from .probes import probe
+from .speed import LAYOUTS, PRECISIONS, Choice, fastest, flops
 from .surgery import Network
-from .training import fit
+from .training import fit, frozen_stages
 
 # %% ../nbs/20_transfer.ipynb #891a2c8d
 def train_source(
@@ -85,6 +84,7 @@ class Phase:
     body: float = 1.0  # the rate of the last stage, as a part of the head's
     decay: float = 1.0  # each stage before has this times the rate of the next
     augmented: bool = True
+    views: int = 0  # of each picture for frozen stages, as in `training.fit`; 0: new ones in each epoch
     callbacks: tuple = ()  # each makes a `loop.Callback` from (N(B), N(A), training pictures)
 
 
@@ -97,6 +97,9 @@ class Strategy:
     pretrained: bool = True
     backbone: str | None = None  # None: the one asked for
     prepare: Callable | None = None  # (N(B), training pictures, unlabelled pictures, seed, checkpoint) -> training pictures
+
+    @property
+    def solved(self): return not self.phases and self.pretrained and self.prepare is None  # a probe on a source that no seed changes
 
 # %% ../nbs/20_transfer.ipynb #a1b945a2
 def rates(
@@ -118,32 +121,21 @@ def fit_probe(
     if train.task.kind not in ("binary", "multiclass"): raise MedxferError(f"fit_probe needs one class a picture, not a {train.task.kind} task")
     start, train = time.perf_counter(), train.labelled()
     x, y = extract(net, train.images).numpy(), train.target()
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=penalties[len(penalties) // 2], max_iter=2000))
-    if folds := _folds(x, y, train.groups):
-        search = GridSearchCV(model, {"logisticregression__C": penalties}, scoring="neg_log_loss", cv=folds)
-        model.set_params(**search.fit(x, y).best_params_)
-    _write_head(net, model.fit(x, y))
-    loss = -np.log(model.predict_proba(x)[np.arange(len(y)), y]).mean()
-    config = dict(backbone=net.spec.name, data=train.info.name, n=len(y), C=model[-1].C)
-    return Run(net, config, pd.DataFrame(dict(loss=[loss]), index=pd.Index([1], name="epoch")), time.perf_counter() - start)
+    absent = [c for k, c in enumerate(train.task.classes) if k not in y]
+    if absent: raise MedxferError(f"{train.info.name}: no picture of {absent[0]!r} to learn from; draw more")
+    solved, = probe(x, y, train.groups, [range(len(y))], penalties)
+    _write_head(net, *solved.head())
+    loss = -np.log(solved.predict_proba(x)[np.arange(len(y)), y]).mean()
+    config = dict(backbone=net.spec.name, data=train.info.name, n=len(y), C=float(solved.C))
+    history, operations = pd.DataFrame(dict(loss=[loss]), index=pd.Index([1], name="epoch")), len(y) * flops(net, len(net.stages) + 1)[0]
+    return Run(net, config, history, time.perf_counter() - start, operations)
 
 
-def _folds(x, y, groups):
-    "At most five splits by patient with every class on both sides; none if there are too few pictures or patients."
-    k = min(5, *np.unique(y, return_counts=True)[1], len(np.unique(groups)))
-    if k < 2: return []
-    splits = StratifiedGroupKFold(k, shuffle=True, random_state=0).split(x, y, groups)
-    return [(a, b) for a, b in splits if len(set(y[a])) == len(set(y)) == len(set(y[b]))]
-
-
-def _write_head(net, model):
-    "Write a fitted scaler and logistic regression into a linear head that computes the same."
-    scaler, regression = model[0], model[-1]
-    w, b = regression.coef_ / scaler.scale_, regression.intercept_ - (regression.coef_ / scaler.scale_) @ scaler.mean_
-    if len(w) == 1: w, b = np.stack([-w[0], w[0]]) / 2, np.array([-b[0], b[0]]) / 2  # two classes: what speaks for one speaks against the other
-    net.reset_classifier(len(w))
-    with torch.no_grad():
-        for own, value in ((net.head.weight, w), (net.head.bias, b)): own.copy_(torch.tensor(value))
+@torch.no_grad()
+def _write_head(net, weight, bias):
+    "A head with these weights, a vector for each class."
+    net.reset_classifier(len(weight))
+    for own, value in ((net.head.weight, weight), (net.head.bias, bias)): own.copy_(torch.tensor(value))
 
 # %% ../nbs/20_transfer.ipynb #de9b97ea
 STRATEGIES = {s.name: s for s in (
@@ -164,29 +156,51 @@ def transfer(
     size: int | None = None,  # side of the network's pictures; None: as the data, but at least 128
     net_a: Network | None = None,  # an N(A) of your own instead of ImageNet's; left as it is
     checkpoint=None,  # a folder: called again after a kill, the transfer goes on where it was
+    precision: str = "float32",  # 'bfloat16' halves the digits; 'auto' takes what is fastest on this machine (lesson speed)
 ) -> Run:  # its `net` is N(B)
     "Carry N(A) to domain B with one strategy, using `n` labelled pictures of the training split; of the rest at most the pixels."
     s = choose(strategy, KNOWN, "strategy") if isinstance(strategy, str) else strategy
+    choose(precision, [*PRECISIONS, "auto"], "precision")
     whole = ds.split("train")
     train = whole if n is None else whole.few(n, seed)
-    if net_a is None or not s.pretrained:
-        name, side = (net_a.spec.name, net_a.spec.size) if net_a else (backbone, size or max(128, ds.images.shape[1]))
-        net_a = create_model(s.backbone or name, s.pretrained, size=side, seed=seed)
+    net_a = source_network(ds, s, backbone, size, seed, net_a)
     net_b = build_target(net_a, copy_weights(net_a), len(ds.task.classes), seed)
     net_b.bn_eval, files = s.pretrained, _checkpoints(checkpoint, s, seed)
     if s.prepare: train = s.prepare(net_b, train, whole.images[~whole.table["id"].isin(train.table["id"])], seed, files[0])
     steps = [(phase, f"{s.title}, seed {seed}", file) for phase, file in zip(s.phases, files[1:])]
-    runs = [_train_phase(net_b, net_a, train, seed, *step) for step in steps] or [fit_probe(net_b, train)]
+    runs = [_train_phase(net_b, net_a, train, seed, precision, *step) for step in steps] or [fit_probe(net_b, train)]
     history = pd.concat([r.history for r in runs])
     history.index = pd.RangeIndex(1, len(history) + 1, name="epoch")
-    return Run(net_b, dict(strategy=s.name) | runs[-1].config | dict(seed=seed), history, sum(r.seconds for r in runs))
+    config = dict(strategy=s.name) | runs[-1].config | dict(seed=seed)
+    return Run(net_b, config, history, sum(r.seconds for r in runs), sum(r.flops for r in runs))
 
 
-def _train_phase(net, net_a, train, seed, phase, what, file):
-    "One phase: freeze, then fit at the phase's rates."
+def source_network(
+    ds: ImageSet,
+    strategy: Strategy,
+    backbone: str = "tf_efficientnet_lite0",
+    size: int | None = None,  # as in `transfer`
+    seed: int = 0,  # of random weights
+    net_a: Network | None = None,
+) -> Network:
+    "N(A): the one given, unless the strategy starts from random weights; else the backbone."
+    if net_a and strategy.pretrained: return net_a
+    name, side = (net_a.spec.name, net_a.spec.size) if net_a else (backbone, size or max(128, ds.images.shape[1]))
+    return create_model(strategy.backbone or name, strategy.pretrained, size=side, seed=seed)
+
+
+def _train_phase(net, net_a, train, seed, precision, phase, what, file):
+    "One phase: freeze, choose how to compute, then fit at the phase's rates; operations of callbacks are not counted."
     freeze(net, phase.frozen)
-    callbacks = [make(net, net_a, train) for make in phase.callbacks]
-    return fit(net, train, phase.epochs, rates(net, phase), augmented=phase.augmented, callbacks=callbacks, checkpoint=file, seed=seed, what=what)
+    how = fastest(net) if precision == "auto" else Choice(precision=precision)
+    net.layout = LAYOUTS[how.layout]
+    net.to(memory_format=net.layout)
+    callbacks = [make(net, net_a, train) for make in phase.callbacks] + [MixedPrecision()] * (how.precision == "bfloat16")
+    kept = dict(augmented=phase.augmented, views=phase.views)
+    run = fit(net, train, phase.epochs, rates(net, phase), **kept, callbacks=callbacks, checkpoint=file, seed=seed, what=what)
+    once, each = flops(net, frozen_stages(net) if phase.views or not phase.augmented else 0)
+    run.flops = len(train) * (max(phase.views, 1) * once + each * len(run.history))
+    return run
 
 
 def _checkpoints(folder, strategy, seed):

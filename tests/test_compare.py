@@ -13,12 +13,12 @@ from medxfer_nb.backbones import create_model
 from medxfer_nb.compare import _key, compare
 from medxfer_nb.core import MedxferError
 from medxfer_nb.imageset import ImageSet, Info, Task
-from medxfer_nb.study import Arm
-from medxfer_nb.transfer import STRATEGIES, Strategy
+from medxfer_nb.study import Arm, load_study
+from medxfer_nb.transfer import STRATEGIES, Strategy, transfer
 
 module = import_module("medxfer_nb.compare")  # medxfer_nb.compare is the function
 
-PAIR = ("scratch", "feature_extraction")
+PAIR = ("scratch", "fully_connected")
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ class Pixels:
 
     def __init__(self): self.given = []
 
-    def __call__(self, ds, strategy, n, seed, size, checkpoint, backbone="", net_a=None):
+    def __call__(self, ds, strategy, n, seed, size, checkpoint, precision, backbone="", net_a=None):
         few = ds.split("train").few(n or 60, seed)
         self.given.append((strategy.name, seed, tuple(few.table["id"])))
         penalty = 1.0 if strategy.name == "scratch" else 1e-4
         model = LogisticRegression(C=penalty).fit(few.images.reshape(len(few), -1) / 255, few.target())
-        return SimpleNamespace(predict_proba=lambda test: model.predict_proba(test.images.reshape(len(test), -1) / 255), seconds=0.5)
+        return SimpleNamespace(predict_proba=lambda test: model.predict_proba(test.images.reshape(len(test), -1) / 255), seconds=0.5, flops=1e6)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def pixels(monkeypatch):
 def test_every_strategy_gets_the_same_images(ds, pixels):
     compare(ds, PAIR, budgets=30, seeds=3)
     drawn = {(name, seed): ids for name, seed, ids in pixels.given}
-    assert all(drawn["scratch", s] == drawn["feature_extraction", s] for s in range(3))
+    assert all(drawn["scratch", s] == drawn["fully_connected", s] for s in range(3))
     assert len({drawn["scratch", s] for s in range(3)}) == 3
 
 
@@ -109,11 +109,11 @@ def test_another_setting_is_another_run(ds, pixels, tmp_path):
 
 def test_a_grid_has_an_arm_for_each_cell_and_one_for_a_strategy_with_its_own_backbone(ds, pixels):
     study = compare(ds, PAIR, budgets=(10, "all"), seeds=2, backbones=["lite", "resnet18"])
-    assert set(study.arms) == {f"{a}, n={n}" for n in (10, 60) for a in ("scratch", "feature_extraction, lite", "feature_extraction, resnet18")}
+    assert set(study.arms) == {f"{a}, n={n}" for n in (10, 60) for a in ("scratch", "fully_connected, lite", "fully_connected, resnet18")}
     assert len(pixels.given) == 12 and sorted({len(ids) for *_, ids in pixels.given}) == [10, 60]
     grid, scores = study.grid(), study.summary()["AUROC"]
     assert grid.loc[(10, "scratch"), "lite"] == ""
-    assert grid.loc[(60, "feature_extraction"), "resnet18"] == scores["feature_extraction, resnet18, n=60"]
+    assert grid.loc[(60, "fully_connected"), "resnet18"] == scores["fully_connected, resnet18, n=60"]
 
 
 def test_validation_predictions_choose_and_are_no_test_predictions(ds, pixels, tmp_path):
@@ -133,21 +133,21 @@ def test_labels_needed_looks_up_the_curve(ds, pixels):
     def put(strategy, n, quality):
         noise = 0.5 * np.random.default_rng(n).normal(size=(3, len(study.y)))
         for s in range(3): study.predictions[f"{strategy}, n={n}", s] = norm.cdf(quality * (study.y - 0.5) + noise[s])
-    for i, n in enumerate((10, 20, 40)): put("scratch", n, 0.3 + 0.3 * i); put("feature_extraction", n, 0.6 + 0.3 * i)
+    for i, n in enumerate((10, 20, 40)): put("scratch", n, 0.3 + 0.3 * i); put("fully_connected", n, 0.6 + 0.3 * i)
     study._cache.clear()
     scores = study.table.mean(axis=1)
-    goal, low, high = scores["scratch, n=40"], scores["feature_extraction, n=10"], scores["feature_extraction, n=20"]
-    needed = study.labels_needed("feature_extraction", "scratch")
+    goal, low, high = scores["scratch, n=40"], scores["fully_connected, n=10"], scores["fully_connected, n=20"]
+    needed = study.labels_needed("fully_connected", "scratch")
     assert low < goal <= high and needed.low <= needed.value <= needed.high
     assert np.isclose(needed.value, 10 * 2 ** ((goal - low) / (high - low)))
-    assert study.labels_needed("scratch", "feature_extraction").value == np.inf
-    with pytest.raises(MedxferError, match="one budget"): compare(ds, PAIR, 20, 2).labels_needed("feature_extraction", "scratch")
+    assert study.labels_needed("scratch", "fully_connected").value == np.inf
+    with pytest.raises(MedxferError, match="one budget"): compare(ds, PAIR, 20, 2).labels_needed("fully_connected", "scratch")
 
 
 def test_several_backbones_must_be_named_for_labels_needed(ds, pixels):
     study = compare(ds, PAIR, budgets=(10, 20), seeds=2, backbones=["lite0", "lite1"])
-    with pytest.raises(MedxferError, match="backbone"): study.labels_needed("feature_extraction", "scratch")
-    assert study.labels_needed("feature_extraction", "scratch", backbone="lite1").value >= 10
+    with pytest.raises(MedxferError, match="backbone"): study.labels_needed("fully_connected", "scratch")
+    assert study.labels_needed("fully_connected", "scratch", backbone="lite1").value >= 10
 
 
 def test_networks_of_ones_own_are_told_apart_by_their_weights(ds, tmp_path):
@@ -178,7 +178,7 @@ def test_a_damaged_file_is_trained_again(ds, pixels, tmp_path):
 
 def failing(learner, exception):
     def train(ds, strategy, **options):
-        if (strategy.name, options["seed"]) == ("feature_extraction", 1): raise exception
+        if (strategy.name, options["seed"]) == ("fully_connected", 1): raise exception
         return learner(ds, strategy, **options)
     return train
 
@@ -187,7 +187,7 @@ def test_a_crash_leaves_the_finished_runs(ds, pixels, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "transfer", failing(pixels, RuntimeError("out of memory")))
     study = compare(ds, PAIR, budgets=30, seeds=3, folder=tmp_path)
     assert len(study.predictions) == 5 and study.done(*PAIR) == [0, 2]
-    assert "feature_extraction, seed 1: RuntimeError: out of memory" in repr(study) and np.isnan(study.table.loc["feature_extraction", 1])
+    assert "fully_connected, seed 1: RuntimeError: out of memory" in repr(study) and np.isnan(study.table.loc["fully_connected", 1])
     assert "2 seeds" in study.verdict(*PAIR).sentence
     monkeypatch.setattr(module, "transfer", pixels)
     assert compare(ds, PAIR, budgets=30, seeds=3, folder=tmp_path).table.notna().all(axis=None) and len(pixels.given) == 6
@@ -196,7 +196,7 @@ def test_a_crash_leaves_the_finished_runs(ds, pixels, monkeypatch, tmp_path):
 def test_an_interrupt_leaves_the_finished_runs(ds, pixels, monkeypatch, capsys):
     monkeypatch.setattr(module, "transfer", failing(pixels, KeyboardInterrupt()))
     study = compare(ds, PAIR, budgets=30, seeds=3)
-    assert sorted(study.predictions) == [("feature_extraction", 0), ("scratch", 0), ("scratch", 1)]
+    assert sorted(study.predictions) == [("fully_connected", 0), ("scratch", 0), ("scratch", 1)]
     assert "stopped after 3 of 6 runs" in capsys.readouterr().out and "scratch, seed 2: not run" in repr(study)
     study.plot()
 
@@ -219,7 +219,7 @@ def test_mistakes_are_named_before_any_training(ds, pixels, tmp_path):
 
 def test_an_unknown_strategy_in_a_question_suggests_the_nearest(ds, pixels):
     study = compare(ds, PAIR, budgets=30, seeds=2)
-    with pytest.raises(MedxferError, match="did you mean 'scratch'"): study.verdict("feature_extraction", "scrach")
+    with pytest.raises(MedxferError, match="did you mean 'scratch'"): study.verdict("fully_connected", "scrach")
 
 
 def test_a_strategy_value_is_as_good_as_its_name(ds, pixels):
@@ -243,3 +243,62 @@ def test_a_finished_run_is_found_again_by_another_process():
 def test_shuffled_labels_give_no_evidence(ds, pixels):
     words = [compare(ds.shuffled(seed), PAIR, budgets=30, seeds=5).verdict(*PAIR).word for seed in range(10)]
     assert words.count("no evidence") >= 8
+
+
+# --- probes are solved together ---
+
+
+def lite(seed=0): return create_model("small_cnn", pretrained=False, size=32, seed=seed)
+
+
+def test_solved_together_is_solved_one_by_one(ds):
+    net = lite()
+    study = compare(ds, ["feature_extraction"], (10, 30, "all"), 2, {"mine": net})
+    for n, whole in ((10, 10), (30, 30), (60, None)):
+        for seed in range(2):
+            run = transfer(ds, "feature_extraction", n=whole, seed=seed, net_a=net)
+            np.testing.assert_allclose(study.predictions[f"feature_extraction, n={n}", seed], run.predict_proba(ds.split("test")), atol=1e-4)
+            assert study.flops[f"feature_extraction, n={n}", seed] == run.flops > 0
+    assert (study.table.loc["feature_extraction, n=60"].nunique(), len(study.valid.predictions)) == (1, 6)
+
+
+def test_probes_and_trainings_share_a_study_and_its_folder(ds, pixels, tmp_path):
+    arms = ["feature_extraction", "scratch"]
+    study = compare(ds, arms, 20, 2, {"mine": lite()}, folder=tmp_path)
+    assert {name for name, *_ in pixels.given} == {"scratch"} and len(list(tmp_path.glob("*.npz"))) == 4
+    pixels.given.clear()
+    again = compare(ds, arms, 20, 2, {"mine": lite()}, folder=tmp_path)
+    assert again.table.equals(study.table) and again.flops == study.flops and not pixels.given
+
+
+def test_a_probe_that_fails_leaves_the_trainings(ds, pixels, monkeypatch):
+    def broken(*_): raise MedxferError("no room")
+    monkeypatch.setattr(module, "features", broken)
+    study = compare(ds, ["feature_extraction", "scratch"], 20, 2, {"mine": lite()})
+    assert len(study.predictions) == 2 and "feature_extraction, seed 0: MedxferError: no room" in repr(study)
+
+
+# --- an earlier study goes on ---
+
+
+def test_known_runs_are_taken_over(ds, pixels, tmp_path):
+    compare(ds, PAIR, 20, 2).save(tmp_path / "first.npz")
+    pixels.given.clear()
+    more = compare(ds, PAIR, 20, 3, known=load_study(tmp_path / "first.npz"))
+    assert {seed for _, seed, _ in pixels.given} == {2} and more.table.equals(compare(ds, PAIR, 20, 3).table)
+    assert len(more.valid.predictions) == len(more.seconds) == len(more.flops) == 6
+
+
+def test_only_what_belongs_to_the_study_is_taken_over(ds, pixels):
+    first = compare(ds, PAIR, (20, 30), 3)
+    pixels.given.clear()
+    assert compare(ds, PAIR[:1], 20, 2, known=first).failed == {} and len(pixels.given) == 2        # with one budget, the arms have other names
+    assert list(compare(ds, PAIR[:1], (20, 30), 2, known=first).predictions) == [(f"scratch, n={n}", s) for s in range(2) for n in (20, 30)]
+    assert len(pixels.given) == 2
+
+
+def test_a_study_of_other_images_is_refused(ds, pixels):
+    first = compare(ds, PAIR, 20, 2)
+    with pytest.raises(MedxferError, match="other images"): compare(ds.shuffled(1), PAIR, 20, 2, known=first)
+    first.valid = None
+    with pytest.raises(MedxferError, match="other images"): compare(ds, PAIR, 20, 2, known=first)

@@ -1,4 +1,6 @@
 """metrics against scikit-learn, on random label sets, and under simulation with a known truth."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from scipy.stats import binomtest, norm
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 from medxfer_nb.core import MedxferError
-from medxfer_nb.metrics import accuracy, auroc, balanced_accuracy, checked, mean_score, paired_difference, resamples, score
+from medxfer_nb.metrics import Metric, accuracy, auroc, balanced_accuracy, checked, mean_score, paired_difference, resamples, score
 
 METRICS = [auroc, accuracy, balanced_accuracy]
 
@@ -194,3 +196,15 @@ def test_mean_score_resamples_patients_and_pairs():
     assert mean_score(a + 0.2, groups, minus=a).value == pytest.approx(0.2) and mean_score(a, groups, minus=a).low is None
     for bad in (dict(groups=groups[1:]), dict(minus=a[1:])):
         with pytest.raises(MedxferError, match="one entry an image"): mean_score(a, **bad)
+
+
+def test_best_value_by_balance_is_not_taken_for_flawless():
+    balance = Metric("imbalance", lambda y, p, w: np.abs(w @ (y - p[:, 1]))[:, None] / w.sum(1)[:, None], accuracy.trials, by_class=False,
+                     worst=1.0, best=0.0, share=accuracy.parts, bound=lambda share: 1 - share)
+    s = score(balance, [0, 1] * 10, np.full(20, 0.5), np.repeat(np.arange(10), 2))          # one of each in every patient: always 0
+    assert s.value == 0 and s.low is None and "same value" in s.why
+    assert score(balance, [0, 1] * 10, [0.0, 1.0] * 10).high == pytest.approx(1 - binomtest(20, 20).proportion_ci(method="exact").low)
+
+
+def test_metrics_of_one_name_are_equal():
+    assert auroc == replace(auroc, parts=accuracy.parts) != replace(auroc, name="other")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from medxfer_nb import speed
 from medxfer_nb.backbones import create_model
 from medxfer_nb.core import MedxferError
-from medxfer_nb.speed import Choice, adamw, depthwise_weight_grad, fastest, measure, quick
+from medxfer_nb.speed import Choice, adamw, depthwise_weight_grad, fastest, flops, measure, quick
 
 
 def small(**options): return create_model("small_cnn", pretrained=False, num_classes=2, size=32, **options)
@@ -149,3 +149,28 @@ def test_a_choice_is_made_once_for_each_case_and_kept(measured, tmp_path):
     part.stages[:2].requires_grad_(False)
     assert fastest(part) == Choice() and fastest(small(), batch_size=8) == Choice() and asked == [16, 16, 8]
     assert len(json.loads((tmp_path / "speed" / "choices.json").read_text())) == 3
+
+
+# --- counting ---
+
+
+def test_operations_of_a_plain_network_are_those_counted_by_hand():
+    net = small()
+    convs = [m for m in net.stages.modules() if isinstance(m, nn.Conv2d)]
+    sides = []
+    hooks = [m.register_forward_hook(lambda m, args, out: sides.append(out.shape[2])) for m in convs]
+    net(torch.zeros(1, 3, 32, 32))
+    for hook in hooks: hook.remove()
+    forward = [2 * m.weight.numel() * side**2 for m, side in zip(convs, sides)] + [2 * net.head.weight.numel()]
+    assert flops(net) == (0, 3 * sum(forward) - forward[0])         # nobody needs the gradient of the pictures
+    net.stages.requires_grad_(False)
+    assert flops(net, len(net.stages)) == (sum(forward[:-1]), 2 * forward[-1])
+    assert flops(net) == (0, sum(forward[:-1]) + 2 * forward[-1])
+
+
+def test_counting_leaves_the_network_as_it_was_and_takes_grouped_convolutions_as_such():
+    net = create_model("mobilenet_v2", pretrained=False, num_classes=2, size=224)
+    state = copy.deepcopy(net.state_dict())
+    _, each = flops(net)
+    assert 1.5e9 < each < 2.0e9  # 300 million multiply-adds forward (Sandler et al. 2018), three times that for a step
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and next(net.parameters()).device.type == "cpu"

@@ -4,6 +4,7 @@ import pytest
 from scipy.stats import norm
 
 from medxfer_nb.core import MedxferError
+from medxfer_nb.measures import METRICS, brier
 from medxfer_nb.metrics import accuracy, auroc
 from medxfer_nb.study import Arm, Study, load_study, two_level
 
@@ -142,3 +143,25 @@ def test_a_damaged_file_is_no_study(tmp_path):
         file.write_bytes(damage)
         with pytest.raises(MedxferError, match="study.npz is no study"): load_study(file)
     with pytest.raises(MedxferError, match="is no study"): load_study(tmp_path / "gone.npz")
+
+
+# --- metrics of other ranges ---
+
+
+def test_less_is_better_where_the_best_value_is_the_lowest():
+    s, rng = simulated(np.random.default_rng(1)), np.random.default_rng(1)
+    s.metric = brier
+    for arm, seed in s.predictions: s.predictions[arm, seed] = 0.5 + 0.3 * (arm == "a") * (2 * s.y - 1) + rng.uniform(-0.1, 0.1, len(s.y))
+    assert s.difference("a", "b").high < 0 and [s.verdict("a", "b").word, s.verdict("b", "a").word] == ["helped", "hurt"]
+    assert "below 0: a helped" in s.verdict("a", "b").sentence and s.verdicts("b").loc["a", "verdict"] == "helped"
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=list(METRICS))
+def test_every_metric_makes_a_study_that_comes_back(metric, tmp_path):
+    s = simulated(np.random.default_rng(2), gain=0.5)
+    s.metric, s.flops = metric, dict.fromkeys(s.predictions, 2e9)
+    low, high = sorted((metric.worst, metric.best))
+    assert all(low <= v.low <= v.value <= v.high <= high for v in s.summary()[metric.name])
+    s.save(tmp_path / "s.npz")
+    back = load_study(tmp_path / "s.npz")
+    assert back.table.equals(s.table) and back.verdict("a", "b") == s.verdict("a", "b") and (back.runs()["GFLOP"] == 2).all()

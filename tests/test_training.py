@@ -141,3 +141,45 @@ def test_callbacks_see_what_the_head_sees_and_says():
         torch.testing.assert_close(net.neck(x), features)  # all stages are frozen, so a batch is their map
         torch.testing.assert_close(net.head(features), logits)
         assert len(y) == len(x)
+
+
+# --- views that are kept ---
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path): monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
+
+
+def half_frozen():
+    net = small()
+    net.stages[:2].requires_grad_(False)
+    return net
+
+
+def test_kept_views_are_computed_once_and_drawn_from(cache):
+    ds, net, passes = bright_or_dark(), half_frozen(), []
+    net.stages[0].register_forward_hook(lambda *_: passes.append(1))
+    run = fit(net, ds, 6, lr=3e-3, views=3)
+    assert len(passes) == 3 and len(run.history) == 6 and run.config["views"] == 3
+    fit(half_frozen(), ds, 1, views=3)
+    assert len(passes) == 3 and (run.predict_proba(ds).argmax(1) == ds.target()).mean() > 0.9
+
+
+def test_kept_views_differ_and_depend_on_the_seed(cache):
+    seen = {}
+    class Look(Callback):
+        def before_batch(self, loop): seen.setdefault(loop.seed, []).append(loop.x.clone())
+    for seed in (0, 1): fit(half_frozen(), bright_or_dark(4), 20, views=2, callbacks=[Look()], seed=seed)
+    kinds = {seed: len({tuple(x.flatten().tolist()) for batch in batches for x in batch}) for seed, batches in seen.items()}
+    assert kinds == {0: 8, 1: 8} and not torch.equal(seen[0][0].sum(0), seen[1][0].sum(0))
+
+
+def test_a_training_with_kept_views_resumes_exactly(cache, tmp_path):
+    whole, killed = fit(half_frozen(), bright_or_dark(), 4, views=2), half_frozen()
+    with pytest.raises(KeyboardInterrupt): fit(killed, bright_or_dark(), 4, views=2, callbacks=[Leave(3)], checkpoint=tmp_path / "c", every=0)
+    again = fit(half_frozen(), bright_or_dark(), 4, views=2, callbacks=[Leave(10**6)], checkpoint=tmp_path / "c", every=0)
+    assert again.history.equals(whole.history) and equal(again.net, whole.net)
+
+
+def test_kept_views_without_augmentation_are_an_error():
+    with pytest.raises(MedxferError, match="views=3"): fit(small(), bright_or_dark(), 1, augmented=False, views=3)

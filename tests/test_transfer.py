@@ -61,8 +61,8 @@ def test_only_the_budget_and_the_training_split_are_used():
 @pytest.mark.parametrize("classes", [2, 4])
 def test_probe_equals_scikit_learn(classes):
     train, net = random_set(classes=classes), source()
-    run, x = fit_probe(net, train), extract(net, train.images).numpy()
-    sk = make_pipeline(StandardScaler(), LogisticRegression(C=run.config["C"], max_iter=2000)).fit(x, train.target())
+    run, x = fit_probe(net, train), extract(net, train.images).double().numpy()
+    sk = make_pipeline(StandardScaler(), LogisticRegression(C=run.config["C"], max_iter=2000, tol=1e-8)).fit(x, train.target())
     np.testing.assert_allclose(run.predict_proba(train), sk.predict_proba(x), atol=1e-4)
 
 
