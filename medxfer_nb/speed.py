@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['adamw', 'LAYOUTS', 'PRECISIONS', 'seconds', 'depthwise_weight_grad', 'quick', 'measure', 'Choice', 'fastest', 'flops']
 
-# %% ../nbs/10_speed.ipynb #0dfdaa2e
+# %% ../nbs/10_speed.ipynb #04bb7c90
 import copy, json, platform, time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import MedxferError, atomic_write, cache_dir
 from .surgery import Network
 
-# %% ../nbs/10_speed.ipynb #3911e09b
+# %% ../nbs/10_speed.ipynb #c9df95c2
 def seconds(f):
     "How long a call of `f` takes; on a graphics card, until it has really ended."
     start = time.perf_counter()
@@ -29,7 +29,7 @@ def seconds(f):
     if torch.cuda.is_initialized(): torch.cuda.synchronize()
     return time.perf_counter() - start
 
-# %% ../nbs/10_speed.ipynb #9c31dc11
+# %% ../nbs/10_speed.ipynb #45ab08e4
 def depthwise_weight_grad(
     x: torch.Tensor,  # (B, C, H, W), what went in
     g: torch.Tensor,  # (B, C, h, w), the gradient of what came out
@@ -42,7 +42,7 @@ def depthwise_weight_grad(
     grad = F.conv2d(x.reshape(1, b * c, *x.shape[2:]), g.reshape(b * c, 1, *g.shape[2:]), padding=padding, dilation=stride, groups=b * c)
     return grad[0, :, :window[0], :window[1]].reshape(b, c, 1, *window).sum(0)
 
-# %% ../nbs/10_speed.ipynb #e815520c
+# %% ../nbs/10_speed.ipynb #e57ab88c
 class _Depthwise(torch.autograd.Function):
     "A depthwise convolution whose weight gradient is `depthwise_weight_grad`."
 
@@ -61,7 +61,7 @@ class _Depthwise(torch.autograd.Function):
         grad_w = depthwise_weight_grad(x, g, w.shape[2:], stride, padding) if of_w else None
         return grad_x, grad_w, g.sum((0, 2, 3)) if of_b else None, None, None
 
-# %% ../nbs/10_speed.ipynb #8c7564ed
+# %% ../nbs/10_speed.ipynb #e6399fa7
 def _slow(x, w, padding, dilation, groups):
     "Whether the library would take its slow way back: a depthwise float32 convolution on the CPU with a window above 3 x 3."
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -78,10 +78,10 @@ class quick(TorchFunctionMode):
             if _slow(x, w, padding, dilation, groups): return _Depthwise.apply(x, w, b, stride, padding)
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/10_speed.ipynb #abb30269
+# %% ../nbs/10_speed.ipynb #bcd4cd49
 adamw = partial(torch.optim.AdamW, fused=True)
 
-# %% ../nbs/10_speed.ipynb #84426650
+# %% ../nbs/10_speed.ipynb #c8910c58
 LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -112,7 +112,7 @@ def measure(
         times = np.array([cell() for _ in range(rounds + 1)])[1:].min(axis=0)
     return pd.DataFrame(1000 * times, index=list(LAYOUTS), columns=list(PRECISIONS))
 
-# %% ../nbs/10_speed.ipynb #9cc9b47c
+# %% ../nbs/10_speed.ipynb #7e7acdda
 @dataclass(frozen=True)
 class Choice:
     "How a network is trained on this machine."
@@ -141,15 +141,21 @@ def fastest(
         with atomic_write(path) as part: part.write_text(json.dumps(known, indent=1))
     return Choice(**known[case])
 
-# %% ../nbs/10_speed.ipynb #441bc175
+# %% ../nbs/10_speed.ipynb #e1651364
+_counted = {}  # an architecture and its side -> what `_forward_flops` found
+
+
 @torch.no_grad()
 def _forward_flops(net):
-    "Operations of each stage, the neck and the head for one picture."
-    x, found = torch.empty(2, len(net.spec.mean), net.spec.size, net.spec.size, device="meta"), []
-    for part in (*net.stages, net.neck, net.head):
-        with FlopCounterMode(display=False) as counter: x = part(x)
-        found.append(counter.get_total_flops() / 2)
-    return found
+    "Operations of each stage, the neck and the head for one picture, counted once for each architecture."
+    case = repr((net, net.spec.size))
+    if case not in _counted:
+        copied, x, found = copy.deepcopy(net).to("meta").eval(), torch.empty(2, len(net.spec.mean), net.spec.size, net.spec.size, device="meta"), []
+        for part in (*copied.stages, copied.neck, copied.head):
+            with FlopCounterMode(display=False) as counter: x = part(x)
+            found.append(counter.get_total_flops() / 2)
+        _counted[case] = found
+    return _counted[case]
 
 
 def flops(
@@ -157,7 +163,7 @@ def flops(
     start: int = 0,  # the stages before this one are computed once for each picture, not in each step
 ) -> tuple[float, float]:  # floating-point operations for one picture: those done once, those of each step
     "Multiplications and additions, forward (torch.utils.flop_counter) and back (as many for each gradient), without the optimiser's."
-    parts = _forward_flops(copy.deepcopy(net).to("meta").eval())
+    parts = _forward_flops(net)
     trained = [any(p.requires_grad for p in part.parameters()) for part in (*net.stages, net.neck, net.head)]
     first = trained.index(True) if True in trained else len(parts)
     return sum(parts[:start]), sum(parts[start:]) + sum(parts[first + 1:]) + sum(f for f, t in zip(parts, trained) if t)

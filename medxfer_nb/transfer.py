@@ -10,6 +10,7 @@ __all__ = ['STRATEGIES', 'KNOWN', 'train_source', 'copy_weights', 'build_target'
 import copy, time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,9 @@ def transfer(
     return Run(net_b, config, history, sum(r.seconds for r in runs), sum(r.flops for r in runs))
 
 
+_ready = lru_cache(maxsize=2)(create_model)  # a pretrained network is loaded once, copied, and left as it is
+
+
 def source_network(
     ds: ImageSet,
     strategy: Strategy,
@@ -186,7 +190,8 @@ def source_network(
     "N(A): the one given, unless the strategy starts from random weights; else the backbone."
     if net_a and strategy.pretrained: return net_a
     name, side = (net_a.spec.name, net_a.spec.size) if net_a else (backbone, size or max(128, ds.images.shape[1]))
-    return create_model(strategy.backbone or name, strategy.pretrained, size=side, seed=seed)
+    if strategy.pretrained: return _ready(strategy.backbone or name, size=side)
+    return create_model(strategy.backbone or name, pretrained=False, size=side, seed=seed)
 
 
 def _train_phase(net, net_a, train, seed, precision, phase, what, file):
