@@ -21,8 +21,8 @@ import scipy
 from scipy.stats import norm
 
 import medxfer_nb
-from medxfer_nb.intervals import bca_interval, delong, delong_covariance, delong_difference, logit_interval, proportion
-from medxfer_nb.metrics import accuracy, auroc, balanced_accuracy, checked, interval, resamples, score
+from medxfer_nb.intervals import bca_interval, delong, delong_covariance, delong_difference, proportion
+from medxfer_nb.metrics import accuracy, auroc, balanced_accuracy, checked, interval, logit_interval, resamples, score
 
 TRUTHS = (0.75, 0.85, 0.95)
 

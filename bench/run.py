@@ -97,7 +97,8 @@ def measure(asked):
             rows.append(case | dict(workload=workload, players=take_turns(job, turns)))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         results["probes"] = probes(ds, folder, size=asked.size, **(dict(budgets=(10, 20, "all"), seeds=2) if quick else {}))
-        results["study"] = label_efficiency(ds, **(dict(size=32, budgets=(10, 20), seeds=1) if quick else dict(size=asked.study_size, save=asked.save)))
+        small, whole = dict(size=32, budgets=(10, 20), seeds=1), dict(size=asked.study_size, save=asked.save)
+        results["study"] = label_efficiency(ds, **(small if quick else whole))
     return results
 
 

@@ -68,7 +68,7 @@ class Result:
     seconds: float  # of training
     flops: float  # operations of the training
 
-# %% ../nbs/33_compare.ipynb #2c12c852
+# %% ../nbs/33_compare.ipynb #9c61b72f
 def _saved(path):
     "A finished run; None if there is none, or it is damaged."
     try:
@@ -163,7 +163,7 @@ def _solve_all(ds, train, test, valid, plans):
         except Exception as e: yield from ((plan, e) for plan in mine)
 
 
-# %% ../nbs/33_compare.ipynb #c912db4a
+# %% ../nbs/33_compare.ipynb #d3339360
 def _results(ds, train, test, valid, plans, workers):
     "Each plan with its result, as they are finished: those found on disk, the probes, the trainings."
     found = [(plan, plan.path and _saved(plan.path)) for plan in plans]
@@ -175,7 +175,7 @@ def _results(ds, train, test, valid, plans, workers):
     if workers == 1: yield from (f(*args) for f, args, _ in trained)
     elif trained: yield from Parallel(n_jobs=workers, return_as="generator_unordered")(trained)
 
-# %% ../nbs/33_compare.ipynb #a999ff35
+# %% ../nbs/33_compare.ipynb #1c6326a9
 def _copy(study, known, key):
     "Take one run of another study."
     for name in ("predictions", "seconds", "flops"):
@@ -204,7 +204,7 @@ def _collect(study, results):
             if study.valid: study.valid.predictions[key] = result.valid
     except KeyboardInterrupt: print(f"stopped after {len(study.predictions)} of {study.seeds * len(study.arms)} runs; they are in the study")
 
-# %% ../nbs/33_compare.ipynb #f6d28c1d
+# %% ../nbs/33_compare.ipynb #f68440be
 def _title(ds, sources, budgets):
     counts, names = ", ".join(map(str, budgets)), ", ".join(sources)
     return f"{ds.info.name}, {ds.task.name}: {counts} labelled images, {names if len(names) < 60 else f'{len(sources)} backbones'}"
@@ -225,7 +225,7 @@ def _plans(content, arms, total, seeds, size, precision, folder):
     return [Plan(name, s, source, arm.n if arm.n < total else None, seed, size, precision, path(name, seed))
             for seed, (name, (arm, s, source)) in itertools.product(range(seeds), arms.items())]
 
-# %% ../nbs/33_compare.ipynb #966c63b7
+# %% ../nbs/33_compare.ipynb #bfcdb018
 def compare(
     ds: ImageSet,
     strategies: Sequence = tuple(STRATEGIES),  # names in `strategies.KNOWN`, or Strategy values

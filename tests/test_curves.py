@@ -62,7 +62,8 @@ def test_page_holds_tables_figures_verdicts_and_what_is_missing(tmp_path):
     rows = ([[c.text for c in row.find_all(["td", "th"])] for row in table.find_all("tr")] for table in page.find_all("table"))
     costs, verdicts = map(pd.DataFrame, rows)
     assert str(study.costs().iloc[0, 0]) in costs.values and set(verdicts.iloc[1:, -1]) <= {"helped", "no evidence", "hurt"}
-    assert len(page.find_all("img")) == 2 and all(i["alt"].startswith(study.title) and i["src"].startswith("data:image/png") for i in page.find_all("img"))
+    images = page.find_all("img")
+    assert len(images) == 2 and all(i["alt"].startswith(study.title) and i["src"].startswith("data:image/png") for i in images)
     assert page.li.text == "transfer, n=10, seed 2: RuntimeError: out of memory"
 
 
