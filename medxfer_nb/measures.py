@@ -37,7 +37,7 @@ def _one_vs_rest(f):
     return lambda y, p, w: np.stack([f(y == k, p[:, k], w) for k in _classes(y, p)], axis=1)
 
 
-average_precision = Metric("average precision", _one_vs_rest(_precision), auroc.trials, share=auroc.parts, bound=None)
+average_precision = Metric("average precision", _one_vs_rest(_precision), auroc.trials, bound=None)
 
 # %% ../nbs/16_measures.ipynb #72c7c999
 def _called(y, p): return [(y == k, p.argmax(1) == k) for k in _classes(y, p)]
@@ -84,7 +84,7 @@ def _kappa(cost):
     return parts
 
 
-kappa, quadratic_kappa = (Metric(name, _kappa(cost), accuracy.trials, by_class=False, worst=-1.0, share=accuracy.parts, bound=None)
+kappa, quadratic_kappa = (Metric(name, _kappa(cost), accuracy.trials, by_class=False, worst=-1.0, bound=None)
                           for name, cost in (("kappa", lambda apart: apart != 0), ("quadratic kappa", np.square)))
 
 # %% ../nbs/16_measures.ipynb #5d1d3c51

@@ -16,13 +16,11 @@ from medxfer_nb.intervals import (
     delong,
     delong_covariance,
     delong_difference,
-    logit_interval,
-    logit_score,
     mcnemar,
     proportion,
     recommended,
 )
-from medxfer_nb.metrics import accuracy, auroc, balanced_accuracy, checked, paired_difference, resamples, score
+from medxfer_nb.metrics import accuracy, auroc, balanced_accuracy, checked, interval, logit_interval, paired_difference, resamples, score
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")          # what statsmodels says while it is imported is not ours
@@ -124,35 +122,15 @@ def test_lone_patient_of_a_class_has_no_bca_and_no_delong():
 # --- logit ---
 
 
-@given(value=st.floats(0.01, 0.99), se=st.floats(0.001, 0.2), df=st.sampled_from([4, 30, np.inf]))
-def test_logit_interval_stays_inside_and_holds_the_value(value, se, df):
-    low, high = logit_interval(value, se, df)
-    assert 0 <= low < value < high <= 1
-    mirrored = logit_interval(1 - value, se, df)
-    assert np.allclose((1 - high, 1 - low), mirrored, atol=1e-12)
-    assert np.allclose(logit_interval(2 * value - 1, 2 * se, df, ends=(-1, 1)), (2 * low - 1, 2 * high - 1), atol=1e-12)
-
-
-def test_logit_of_a_share_has_the_textbook_form():
-    low, high = logit_interval(0.8, np.sqrt(0.8 * 0.2 / 50))
-    half = norm.ppf(0.975) * np.sqrt(1 / 40 + 1 / 10)
-    assert np.allclose((np.log(low / (1 - low)), np.log(high / (1 - high))), (np.log(4) - half, np.log(4) + half))
-
-
-def test_logit_score_uses_the_spread_of_the_same_resamples():
+def test_score_uses_the_spread_of_the_same_resamples():
     y, p, groups = draw(np.random.default_rng(0), 30, 0.8, each=2)
-    s = logit_score(auroc, y, p, groups, n_boot=200, seed=3)
+    s = score(auroc, y, p, groups, n_boot=200, seed=3)
     labels, probabilities, patients = checked(y, p, groups)
     draws = np.concatenate([auroc.values(labels, probabilities, w) for w in resamples(patients, 200, seed=3)])
     assert np.allclose((s.low, s.high), logit_interval(s.value, draws.std() * np.sqrt(30 / 29), 29)) and "30 patients" in s.method
 
 
-@pytest.mark.parametrize("value, more", [(1.0, {}), (0.0, {}), (0.5, {"level": 95}), (0.2, {"ends": (0.5, 1)})])
-def test_logit_at_the_ends_is_named(value, more):
-    with pytest.raises(MedxferError, match="level must lie between 0 and 1 and value inside"): logit_interval(value, 0.1, **more)
-
-
-@pytest.mark.parametrize("method", [bca, logit_score, recommended])
+@pytest.mark.parametrize("method", [bca, recommended])
 def test_no_error_and_one_class_are_left_to_score(method):
     y, p = [0, 1] * 10, [0.1, 0.9] * 10
     for metric in (auroc, balanced_accuracy):
@@ -160,7 +138,7 @@ def test_no_error_and_one_class_are_left_to_score(method):
     assert str(method(auroc, [1, 1, 1], [0.2, 0.4, 0.9])) == "not estimable (only class 1 is in y)"
 
 
-@pytest.mark.parametrize("method", [bca, logit_score, recommended])
+@pytest.mark.parametrize("method", [bca, recommended])
 def test_absent_class_is_named(method):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 40)
@@ -173,7 +151,7 @@ def test_absent_class_is_named(method):
 def test_random_labels_give_a_score_or_a_clear_error(y, classes, seed, patients):
     rng = np.random.default_rng(seed)
     p, groups = softmax(np.round(rng.normal(size=(len(y), classes)), 1), axis=1), rng.integers(0, patients, len(y))
-    for method in (recommended, *(lambda *a, f=f: f(*a, n_boot=100) for f in (bca, logit_score))):
+    for method in (recommended, *(lambda *a, f=f: f(*a, n_boot=100) for f in (bca, score))):
         for metric in (auroc, accuracy, balanced_accuracy):
             try: s = method(metric, y, p, groups)
             except MedxferError:
@@ -245,7 +223,7 @@ def test_delong_equals_confidenceinterval():
 @pytest.mark.parametrize("seed", range(5))
 def test_delong_agrees_with_the_bootstrap_by_patient(seed):
     y, a, b, groups = two(seed, n=120, each=2, mixed=True)
-    one, other = delong(y, a, groups), logit_score(auroc, y, a, groups)
+    one, other = delong(y, a, groups), score(auroc, y, a, groups)
     assert np.allclose((one.low, one.high), (other.low, other.high), atol=0.012) and one.value == pytest.approx(other.value)
     one, other = delong_difference(y, a, b, groups).effect, paired_difference(auroc, y, a, b, groups)
     assert np.allclose((one.low, one.high), (other.low, other.high), atol=0.02) and one.value == pytest.approx(other.value)
@@ -288,7 +266,7 @@ def test_bad_input_is_named():
     with pytest.raises(MedxferError, match="two classes and p has 3"): delong_difference([0, 1, 2], np.eye(3), np.eye(3))
     with pytest.raises(MedxferError, match="at least two patients in y"): delong_difference([0, 1, 1], [0.1, 0.2, 0.3], [0.1, 0.3, 0.2])
     with pytest.raises(MedxferError, match="y has 2 labels and p has 3 rows"): delong([0, 1], [0.1, 0.2, 0.3])
-    for f in (bca, logit_score):
+    for f in (bca, score):
         with pytest.raises(MedxferError, match="level must lie"): f(auroc, [0, 1, 0, 1], [0.1, 0.2, 0.3, 0.15], level=95)
         with pytest.raises(MedxferError, match="n_boot"): f(auroc, [0, 1, 0, 1], [0.1, 0.2, 0.3, 0.15], n_boot=5)
 
@@ -328,8 +306,8 @@ def test_mcnemar_raises_no_more_alarms_than_it_says():
 def test_recommended_takes_the_interval_that_the_lesson_names():
     y, p, groups = draw(np.random.default_rng(0), 30, 0.8, each=2)
     assert recommended(auroc, y, p, groups) == delong(y, p, groups)
-    assert recommended(accuracy, y, p, groups) == logit_score(accuracy, y, p, groups)
-    assert recommended(balanced_accuracy, y, p) == logit_score(balanced_accuracy, y, p)
+    assert recommended(accuracy, y, p, groups) == score(accuracy, y, p, groups)
+    assert recommended(balanced_accuracy, y, p) == score(balanced_accuracy, y, p)
     alone, hits = recommended(accuracy, y, p), int(((p > 0.5) == y).sum())
     assert np.isclose(alone.value, accuracy(y, p)) and (alone.low, alone.high) == binomtest(hits, 60).proportion_ci(method="wilson")
 
@@ -348,9 +326,10 @@ def test_logit_bootstrap_holds_the_truth_in_95_of_100_and_percentile_does_not(me
     for _ in range(400):
         y, s, _ = draw(rng, 60, 0.5)
         p = norm.cdf(norm.ppf(s) + d * y - d / 2)
-        for name, f in (("logit", logit_score), ("percentile", score)):
-            ends = f(metric, y, p, n_boot=200)
-            held[name].append(ends.low <= true <= ends.high)
+        s, (labels, said, groups) = score(metric, y, p, n_boot=200), checked(y, p)
+        low, high, why = interval(np.concatenate([metric.values(labels, said, w) for w in resamples(groups, 200)]))
+        held["logit"].append(s.low <= true <= s.high)
+        held["percentile"].append(held["logit"][-1] if why else low <= true <= high)          # no error: the exact bound
     assert 0.93 <= np.mean(held["logit"]) <= 0.985 and np.mean(held["percentile"]) < 0.92
 
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import binomtest
+from scipy.stats import t as student
 from sklearn import metrics as sk
 
 from medxfer_nb.core import MedxferError
@@ -126,10 +127,11 @@ def test_a_constant_value_that_is_not_flawless_gets_no_exact_bound():
     assert s.value == pytest.approx(0.04) and s.low is None and "same value" in s.why
 
 
-def test_few_errors_are_said_of_every_metric():
-    y, p = np.array([0, 1] * 20), np.where(np.arange(40) % 2, 0.9, 0.1) + np.linspace(-0.05, 0.05, 40)
+@pytest.mark.parametrize("images", [8, 40])
+def test_few_patients_are_said_of_every_metric(images):
+    y, p = np.arange(images) % 2, np.where(np.arange(images) % 2, 0.9, 0.1) + np.linspace(-0.05, 0.05, images)
     p[[3, 4]] = 0.12, 0.2
-    assert all("few errors" in s.why for s in report(y, p).score)
+    assert all(s.low is not None and (s.why == "few patients, interval may be too narrow") == (images == 8) for s in report(y, p).score)
 
 
 def test_paired_difference_of_brier_scores_is_a_mean_of_differences():
@@ -190,7 +192,10 @@ def test_labels_without_unknowns_are_ordinary_scores_of_the_same_resamples(metri
     assert all(s[f"label {j}"] == score(metric, y[:, j], p[:, j], groups) for j in range(3))
     (w,) = resamples(groups, 2000)
     draws = np.mean([metric.values(y[:, j], np.stack([1 - p[:, j], p[:, j]], 1), w) for j in range(3)], axis=0)
-    assert np.allclose((s["mean"].low, s["mean"].high), np.nanquantile(draws, [0.025, 0.975]))
+    low, high = sorted((metric.worst, metric.best))
+    u = (s["mean"].value - low) / (high - low)
+    half = student.ppf(0.975, 39) * np.nanstd(draws) * np.sqrt(40 / 39) / (high - low) / (u * (1 - u))
+    assert np.allclose((s["mean"].low, s["mean"].high), [low + (high - low) / (1 + (1 / u - 1) * np.exp(side * half)) for side in (1, -1)])
     assert s["mean"].value == pytest.approx(np.mean([s.iloc[j].value for j in range(3)]))
 
 
