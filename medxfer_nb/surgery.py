@@ -211,7 +211,7 @@ class Network(nn.Module):
 
     def batch(self, pictures) -> torch.Tensor:
         "`uint8` pictures `(N, H, W)` or `(N, H, W, 3)` as a batch `(N, 3 or 1, size, size)` in the network's own normalisation."
-        pictures, channels = np.asarray(pictures), len(self.spec.mean)
+        pictures, channels = np.ascontiguousarray(pictures), len(self.spec.mean)
         if pictures.dtype != np.uint8: raise MedxferError(f"pictures are {pictures.dtype}; batch() wants uint8: use images.to_uint8 first")
         if pictures.ndim != 3 and (pictures.ndim != 4 or channels == 1):
             raise MedxferError(f"pictures have shape {pictures.shape}; batch() wants (N, H, W)" + " or (N, H, W, 3)" * (channels == 3))

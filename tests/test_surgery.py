@@ -214,3 +214,8 @@ def test_small_stem_keeps_the_side_and_the_middle_of_the_kernels():
     assert net.feature_map(x, "stem").shape == (2, 64, 28, 28) and net.feature_map(x).shape == (2, 512, 4, 4)
     assert torch.equal(net.stages.stem.conv1.weight, kernels[:, :, 2:5, 2:5])
     with pytest.raises(MedxferError, match="small"): small_stem(library("mobilenet_v2"))
+
+
+def test_mirrored_views_of_an_array_are_pictures_too(small):
+    pictures = np.arange(4 * 32 * 32).reshape(4, 32, 32).astype(np.uint8)
+    assert torch.equal(small.batch(pictures[:, :, ::-1]), small.batch(pictures[:, :, ::-1].copy()))
