@@ -6,6 +6,7 @@
 __all__ = ['augment', 'loss_function', 'frozen_stages', 'predict_proba', 'Watch', 'fit']
 
 # %% ../nbs/12_training.ipynb #761925bb
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -138,7 +139,7 @@ def fit(
     "Train a classifier on the main task of `train`."
     (known, y), loss_of = _labelled(train), loss or loss_function(train.task.kind)
     if views and not augmented: raise MedxferError(f"views={views}: an unaugmented training has one view of each picture; leave views away")
-    k = frozen_stages(net) if views or not augmented else 0
+    k, start = frozen_stages(net) if views or not augmented else 0, time.perf_counter()
     feed = _feeder(net, known.images, k, _views(augmented, train.info.flip), views, options.get("seed", 0))
 
     def classify(loop, rows):
@@ -152,4 +153,5 @@ def fit(
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     facts = dict(backbone=net.spec.name, data=train.info.name, augmented=augmented, views=views, trained=trained)
     loop = Loop(net, len(y), classify, epochs, lr, callbacks=[*watch, *callbacks], names=known.table["id"].tolist(), **facts, **options)
+    loop.seconds = time.perf_counter() - start      # what is computed once belongs to the training
     return loop.run(checkpoint, what)
