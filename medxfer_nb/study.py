@@ -116,7 +116,7 @@ def summary(
     study: Study,
 ) -> pd.DataFrame:  # a row an arm: Scores, and seconds of training
     "The mean over seeds for each arm, with intervals over test patients and seeds."
-    seconds = [np.mean([study.seconds[a, s] for s in study.done(a)]) if study.done(a) else np.nan for a in study.arms]
+    seconds = [np.mean([study.seconds.get((a, s), np.nan) for s in study.done(a)]) if study.done(a) else np.nan for a in study.arms]
     columns = {name: [_scored(study, name, a) for a in study.arms] for name in _metrics(study)}
     return pd.DataFrame(columns | {"seconds": np.round(seconds, 1)}, index=list(study.arms))
 
