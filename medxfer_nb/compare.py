@@ -35,7 +35,7 @@ def _content(ds):
 def _source(backbone):
     "What tells one source from another: the name, and for a network of one's own its weights."
     if isinstance(backbone, str): return backbone
-    return backbone.spec.name, backbone.spec.size, fingerprint(backbone)
+    return fingerprint(backbone, "head")  # some strategies ask the old head, too
 
 
 def _key(content, strategy, *setting):
@@ -157,8 +157,9 @@ def _solve(ds, train, test, valid, plans):
 
 def _solve_all(ds, train, test, valid, plans):
     "Each plan of a probe with its result, source by source."
-    for source in {id(plan.backbone): plan.backbone for plan in plans}.values():
-        mine = [plan for plan in plans if plan.backbone is source]
+    def source(plan): return plan.strategy.backbone or id(plan.backbone)
+    for one in dict.fromkeys(map(source, plans)):
+        mine = [plan for plan in plans if source(plan) == one]
         try: yield from zip(mine, _solve(ds, train, test, valid, mine))
         except Exception as e: yield from ((plan, e) for plan in mine)
 

@@ -278,6 +278,22 @@ def test_a_probe_that_fails_leaves_the_trainings(ds, pixels, monkeypatch):
     assert len(study.predictions) == 2 and "feature_extraction, seed 0: MedxferError: no room" in repr(study)
 
 
+def test_a_probe_with_a_backbone_of_its_own_is_not_solved_on_another(ds, monkeypatch):
+    monkeypatch.setattr(import_module("medxfer_nb.transfer"), "_ready", lambda name, size: {"one": lite(0), "two": lite(1)}[name])
+    own = replace(STRATEGIES["feature_extraction"], name="own", backbone="two")
+    study = compare(ds, ["feature_extraction", own], 20, 1, "one")
+    for name, seed in (("feature_extraction", 0), ("own", 1)):
+        expected = compare(ds, ["feature_extraction"], 20, 1, {"mine": lite(seed)}).predictions["feature_extraction", 0]
+        np.testing.assert_allclose(study.predictions[name, 0], expected, atol=1e-6)
+    assert not np.allclose(study.predictions["own", 0], study.predictions["feature_extraction", 0], atol=1e-3)
+
+
+def test_networks_that_differ_in_the_head_alone_are_other_sources():
+    net, other = lite(), lite()
+    other.reset_classifier(5, seed=1)
+    assert module._source(net) == module._source(lite()) != module._source(other)
+
+
 # --- an earlier study goes on ---
 
 
