@@ -16,7 +16,7 @@ import pandas as pd
 
 from .core import MedxferError, atomic_write, choose, clear_write_errors, show
 from .measures import METRICS
-from .metrics import Metric, Score, accuracy, auroc, balanced_accuracy, checked, interval, resamples, score
+from .metrics import Metric, Score, accuracy, auroc, balanced_accuracy, checked, interval, logit_interval, resamples, score
 
 # %% ../nbs/35_study.ipynb #7fb9dbfe
 def two_level(
@@ -92,23 +92,43 @@ def resampled(
     "A metric for each of an arm's runs, on resamples that all arms share."
     return np.stack([_run(study, arm, s)[name or study.metric.name] for s in seeds], axis=1)
 
+# %% ../nbs/35_study.ipynb #sat19c
+def _spread(runs, patients):
+    "Standard error of the mean over seeds and its degrees of freedom, from patients and seeds together (Satterthwaite 1946)."
+    k, of_patients = runs.shape[1], np.nanvar(runs[1:].mean(axis=1)) * patients / (patients - 1)
+    of_seeds = runs[0].var(ddof=1) / k if k > 1 else 0.0
+    return np.sqrt(of_patients + of_seeds), (of_patients + of_seeds) ** 2 / (of_patients**2 / (patients - 1) + of_seeds**2 / max(k - 1, 1))
 
-def _inside(metric, values, difference):
-    "Values that the metric, or a difference of two, can have."
-    ends = sorted((metric.worst, metric.best))
-    return np.clip(values, *((ends[0] - ends[1], ends[1] - ends[0]) if difference else ends))
+
+def _of_one(metric, runs, patients):
+    "Ends, and why there are none, for the mean over seeds of one arm."
+    value, ends = runs[0].mean(), sorted((metric.worst, metric.best))
+    low, high, why = interval(runs[1:].mean(axis=1)) if patients > 1 else (None, None, "one patient")
+    if low is None or value in ends: return low, high, why
+    se, df = _spread(runs, patients)
+    return *logit_interval(value, se, df, ends=ends), ""
+
+
+def _inside(metric, values):
+    "Values that a difference can have."
+    reach = abs(metric.best - metric.worst)
+    return np.clip(values, -reach, reach)
+
+
+def _of_two(metric, runs):
+    "The same for the mean difference of two."
+    return interval(_inside(metric, two_level(runs[1:], runs[0], np.random.default_rng(0))))
 
 
 def _scored(study, name, a, b=None):
     "The mean over seeds of one arm, or of the difference of two, with an interval over patients and seeds."
-    seeds, n = study.done(*([a, b] if b else [a])), len(study.y)
+    seeds, n, patients = study.done(*([a, b] if b else [a])), len(study.y), len(np.unique(study.groups))
     if not seeds: return Score(None, None, None, n, "no runs", "no finished run")
-    runs = resampled(study, a, seeds, name) - (resampled(study, b, seeds, name) if b else 0)
-    method = f"95% interval: bootstrap over {len(np.unique(study.groups))} patients, t over {len(seeds)} seeds"
+    runs, metric = resampled(study, a, seeds, name) - (resampled(study, b, seeds, name) if b else 0), _metrics(study)[name]
+    method = f"95% interval: bootstrap over {patients} patients, t over {len(seeds)} seeds"
     if np.isnan(runs[0]).any(): return Score(None, None, None, n, method, f"only class {study.y[0]} is in the test set")
-    if np.ptp(runs) == 0 and not b: return score(_metrics(study)[name], study.y, study.predictions[a, seeds[0]], study.groups, study.n_boot)
-    draws = two_level(runs[1:], runs[0], np.random.default_rng(0))
-    low, high, why = interval(_inside(_metrics(study)[name], draws, b is not None))
+    if np.ptp(runs) == 0 and not b: return score(metric, study.y, study.predictions[a, seeds[0]], study.groups, study.n_boot)
+    low, high, why = _of_two(metric, runs) if b else _of_one(metric, runs, patients)
     return Score(float(runs[0].mean()), low, high, n, method, why or ("one seed: the luck of training is not in it" if len(seeds) == 1 else ""))
 
 # %% ../nbs/35_study.ipynb #72ad7c9f
@@ -173,7 +193,7 @@ def _together(runs, rng, metric, level=0.95):
     draws = draws[~np.isnan(draws).any(axis=1)]
     middle, se = runs[0].mean(axis=0), draws.std(axis=0) + 1e-12
     q = np.quantile((np.abs(draws - draws.mean(axis=0)) / se).max(axis=1), level)
-    return *(_inside(metric, middle + side * q * se, True) for side in (-1, 1)), float(q)
+    return *(_inside(metric, middle + side * q * se) for side in (-1, 1)), float(q)
 
 
 def _partner(study, name, against):

@@ -5,8 +5,8 @@ from scipy.stats import norm
 
 from medxfer_nb.core import MedxferError
 from medxfer_nb.measures import METRICS, brier
-from medxfer_nb.metrics import accuracy, auroc
-from medxfer_nb.study import Arm, Study, load_study, two_level
+from medxfer_nb.metrics import accuracy, auroc, score
+from medxfer_nb.study import Arm, Study, _spread, load_study, two_level
 
 AB = {name: Arm(name) for name in "ab"}
 
@@ -59,6 +59,22 @@ def test_seeds_widen_the_interval_by_t():
     draws = two_level(np.tile(v, (100_000, 1)), v, rng)          # test patients without any luck
     half = np.diff(np.quantile(draws, [0.025, 0.975]))[0] / 2
     assert np.isclose(half, 4.303 * 0.1 / np.sqrt(3), rtol=0.03)       # t(2), 97.5 %: 4.303
+
+
+def test_an_arm_of_one_seed_has_the_interval_of_score():
+    study = simulated(np.random.default_rng(2), gain=0.5, seeds=1)
+    s, alone = study.summary()["AUROC"]["a"], score(auroc, study.y, study.predictions["a", 0], study.groups, study.n_boot)
+    assert (s.value, s.low, s.high) == pytest.approx((alone.value, alone.low, alone.high)) and "one seed" in s.why
+
+
+def test_the_spread_of_an_arm_joins_patients_and_seeds():
+    rng, patients = np.random.default_rng(0), 30
+    seeds_only = np.tile([0.7, 0.8, 0.9], (500, 1))                # every resample of the patients gives the same
+    assert _spread(seeds_only, patients) == pytest.approx((0.1 / np.sqrt(3), 2))
+    patients_only = np.repeat(rng.normal(0.8, 0.05, (20_001, 1)), 3, axis=1)      # every seed gives the same
+    assert _spread(patients_only, patients) == pytest.approx((0.05 * np.sqrt(30 / 29), 29), rel=0.02)
+    equal = np.r_[[[0.8 - 0.05 * np.sqrt(3), 0.8, 0.8 + 0.05 * np.sqrt(3)]], patients_only[1:]]  # two parts alike: 4 / (1/29 + 1/2)
+    assert _spread(equal, patients)[1] == pytest.approx(4 / (1 / 29 + 1 / 2), rel=0.05)
 
 
 def test_one_seed_is_no_evidence_and_says_why():
