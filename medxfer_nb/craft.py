@@ -17,16 +17,12 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler, swa_utils
 
 from .surgery import Network
-from .core import MedxferError, choose
+from .core import MedxferError, choose, need
 from .imageset import ImageSet
 from .loop import Callback
 from .training import Watch, fit
 
 # %% ../nbs/13_craft.ipynb #54de136b
-def _need(ok, message):
-    if not ok: raise MedxferError(message)
-
-
 class _Enough(Exception): "The test has seen what it wanted."
 
 
@@ -68,13 +64,13 @@ def lr_find(
     **options,  # of `fit`: augmented, loss, batch_size, weight_decay, seed, optimiser
 ):  # an object with `valley`, `steep` and `curve`, a table of rate and loss
     "Raise the rate from step to step and suggest one (Smith 2017, section 3.3; rules and defaults as in fastai)."
-    _need(0 < start_lr < end_lr, f"start_lr={start_lr} must be above 0 and below end_lr={end_lr}")
+    need(0 < start_lr < end_lr, f"start_lr={start_lr} must be above 0 and below end_lr={end_lr}")
     finder, net = _Finder(num_it), copy.deepcopy(net)
     rise = lambda optimiser, steps: lr_scheduler.LambdaLR(optimiser, lambda i: (end_lr / start_lr) ** (i / num_it))
     try: fit(net, train, num_it, start_lr, callbacks=[*callbacks, finder], schedule=rise, what="testing rates", **options)
     except _Enough: pass
     rates, losses = (np.array(v[num_it // 10:-5]) for v in (finder.rates, finder.losses))
-    _need(len(rates) > 2, f"the test ended after {len(finder.rates)} of {num_it} steps: lower start_lr={start_lr} or raise num_it")
+    need(len(rates) > 2, f"the test ended after {len(finder.rates)} of {num_it} steps: lower start_lr={start_lr} or raise num_it")
     steep = np.argmin(np.diff(losses) / np.diff(np.log(rates)))
     curve = pd.DataFrame(dict(rate=finder.rates, loss=finder.losses))
     return _SuggestedLRs(float(rates[_valley(losses)]), float(rates[steep]), curve)
@@ -86,7 +82,7 @@ def cosine(
     pct_start: float = 0.1,  # share of the steps that warms up
 ):  # a schedule that is stepped after each batch
     "Up in a straight line, then down a half cosine (Loshchilov and Hutter 2017, equation 5)."
-    _need(0 <= pct_start < 1, f"pct_start={pct_start} is a share of the steps: 0 or more, below 1")
+    need(0 <= pct_start < 1, f"pct_start={pct_start} is a share of the steps: 0 or more, below 1")
     warm = round(pct_start * steps)
     down = lambda i: (1 + math.cos(math.pi * (i - warm) / max(steps - warm, 1))) / 2
     return lr_scheduler.LambdaLR(optimiser, lambda i: (i + 1) / (warm + 1) if i < warm else down(i))
@@ -97,7 +93,7 @@ class GradientClip(Callback):
     "Shorten the gradient of all weights together to at most `max_norm` (Pascanu et al. 2013, algorithm 1)."
     max_norm: float = 1.0
 
-    def __post_init__(self): _need(self.max_norm > 0, f"{self!r}: the longest gradient must be above 0")
+    def __post_init__(self): need(self.max_norm > 0, f"{self!r}: the longest gradient must be above 0")
     def before_step(self, loop): self.norm = torch.nn.utils.clip_grad_norm_(loop.net.parameters(), self.max_norm)
     def after_step(self, loop): loop.log("grad_norm", self.norm)
 
@@ -109,12 +105,12 @@ class EarlyStopping(Callback):
     min_delta: float = 0.0  # less than this is no improvement
     patience: int = 1  # epochs without improvement
 
-    def __post_init__(self): _need(self.patience >= 1 and self.min_delta >= 0, f"{self!r}: patience must be 1 or more, min_delta 0 or more")
+    def __post_init__(self): need(self.patience >= 1 and self.min_delta >= 0, f"{self!r}: patience must be 1 or more, min_delta 0 or more")
 
     def before_fit(self, loop):
         self.best, self.wait, self.weights = math.inf, 0, None
         known = self.monitor != "valid_loss" or any(isinstance(c, Watch) for c in loop.callbacks)
-        _need(known, "EarlyStopping watches 'valid_loss', which needs other patients: pass valid= to fit, or another monitor=")
+        need(known, "EarlyStopping watches 'valid_loss', which needs other patients: pass valid= to fit, or another monitor=")
 
     def after_epoch(self, loop):
         value = choose(self.monitor, loop.history[-1], "column of the history")
@@ -134,7 +130,7 @@ class EMA(Callback):
     "End with an exponential moving average of the weights, by `torch.optim.swa_utils`."
     decay: float = 0.99  # of the average that each step keeps
 
-    def __post_init__(self): _need(0 <= self.decay < 1, f"{self!r}: decay must be 0 or more and below 1")
+    def __post_init__(self): need(0 <= self.decay < 1, f"{self!r}: decay must be 0 or more and below 1")
 
     def before_fit(self, loop):
         self.average = swa_utils.AveragedModel(loop.net, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(self.decay), use_buffers=True)
@@ -156,10 +152,10 @@ class MixedPrecision(Callback):
 # %% ../nbs/13_craft.ipynb #3d66ec25
 def _balanced(ds):
     "The weight of each class, and the label of each picture that has one."
-    _need(ds.task.kind in ("binary", "multiclass"), f"balanced weights need one class a picture, not a {ds.task.kind} task")
+    need(ds.task.kind in ("binary", "multiclass"), f"balanced weights need one class a picture, not a {ds.task.kind} task")
     y, classes = ds.target()[ds.target() >= 0], np.arange(len(ds.task.classes))
     absent = [ds.task.classes[k] for k in classes if k not in y]
-    _need(not absent, f"{ds.info.name}: no picture of class {absent[:1]}, so it has no weight; draw more pictures")
+    need(not absent, f"{ds.info.name}: no picture of class {absent[:1]}, so it has no weight; draw more pictures")
     return compute_class_weight("balanced", classes=classes, y=y), y
 
 
@@ -180,5 +176,5 @@ class WeightedSampler(Callback):
         weight, y = _balanced(self.train)
         self.weights = torch.tensor(weight[y])
 
-    def before_fit(self, loop): _need(len(self.weights) == loop.n, f"WeightedSampler has {len(self.weights)} pictures, the training {loop.n}")
+    def before_fit(self, loop): need(len(self.weights) == loop.n, f"WeightedSampler has {len(self.weights)} pictures, the training {loop.n}")
     def before_epoch(self, loop): loop.order = torch.multinomial(self.weights, loop.n, replacement=True, generator=loop.generator)

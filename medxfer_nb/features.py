@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from .core import MedxferError, cache_dir, cached, choose, progress
+from .core import MedxferError, cache_dir, cached, choose, need, progress
 from .imageset import ImageSet
 from .surgery import Network
 
@@ -68,14 +68,10 @@ def content(
     return digest.hexdigest()
 
 # %% ../nbs/09_features.ipynb #ba8c3813
-def _need(ok, message):
-    if not ok: raise MedxferError(message)
-
-
 def _bytes(x, precision):
     "The numbers of a tensor in the precision asked for, as bytes; one that does not fit is an error."
     kept = x.to(PRECISIONS[precision][0])
-    _need(torch.equal(kept.isfinite(), x.isfinite()),
+    need(torch.equal(kept.isfinite(), x.isfinite()),
           f"precision={precision!r} ends at {torch.finfo(kept.dtype).max:.6g}, and a feature is {x.abs().max():.3g}; take 'bfloat16'")
     return kept.contiguous().view(torch.uint8).numpy()
 
@@ -89,7 +85,7 @@ def _write(folder, batches, lead, precision):
             if not files:
                 shapes = {name: (*lead, *x.shape[1:]) for name, x in batch.items()}
                 need, free = sum(map(math.prod, shapes.values())) * np.dtype(code).itemsize, shutil.disk_usage(folder).free
-                _need(need <= free, f"these features take {need / 1e9:.3g} GB and the disk of {folder.parent} has {free / 1e9:.3g} GB free; "
+                need(need <= free, f"these features take {need / 1e9:.3g} GB and the disk of {folder.parent} has {free / 1e9:.3g} GB free; "
                       "features.clear() empties the cache of features, MEDXFER_CACHE moves it, and precision='float16' halves it")
                 files = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in shapes}
                 for name, f in files.items(): np.lib.format.write_array_header_1_0(f, dict(descr=code, fortran_order=False, shape=shapes[name]))
@@ -115,7 +111,7 @@ def _batches(net, images, view, views, seed, batch_size):
         chance = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, v]).generate_state(1)[0]))
         for x in progress(net.batches(images, batch_size), "features", math.ceil(len(images) / batch_size)):
             seen = view(x, chance) if view else x
-            _need(seen.shape == x.shape, f"view= made {tuple(seen.shape)} of a batch {tuple(x.shape)}; it must keep the shape")
+            need(seen.shape == x.shape, f"view= made {tuple(seen.shape)} of a batch {tuple(x.shape)}; it must keep the shape")
             yield seen
             _forget(images)
 
@@ -168,7 +164,7 @@ def _names(net, stage, pooled):
     if stage is None: return ["vectors"] if pooled else net.stage_names[-1:]
     asked = [stage] if isinstance(stage, str) else list(stage)
     known = [*net.stage_names, *(dict(net.neck.named_children()) if pooled else ())]
-    _need(asked, "stage=[] names no layer")
+    need(asked, "stage=[] names no layer")
     for name in asked: choose(name, known, "stage")
     return [name for name in known if name in asked]
 
@@ -186,8 +182,8 @@ def features(
 ) -> torch.Tensor | dict:  # `(N, F)`, for maps `(N, C, h, w)`, with views `(V, N, ...)`, mapped from a file; for a list name -> such a tensor
     "What a frozen network makes of pictures, computed once (Donahue et al. 2014) and then read from the cache."
     images = np.asanyarray(pictures.images if isinstance(pictures, ImageSet) else pictures)
-    _need(images.dtype == np.uint8 and images.size, f"pictures are {images.dtype} {images.shape}; features() wants uint8 and at least one picture")
-    _need(views >= 0 and (views > 0) == (view is not None), f"views={views}, view={view!r}: give a function and a number of views, or neither")
+    need(images.dtype == np.uint8 and images.size, f"pictures are {images.dtype} {images.shape}; features() wants uint8 and at least one picture")
+    need(views >= 0 and (views > 0) == (view is not None), f"views={views}, view={view!r}: give a function and a number of views, or neither")
     names, net = _names(net, stage, pooled), net.eval()
     chance = (_recipe(view), int(views), int(seed), batch_size) if views else None
     frozen = fingerprint(net, None if names == ["vectors"] else names[-1], precision)

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import t as student
 
-from .core import MedxferError
+from .core import MedxferError, need
 
 # %% ../nbs/15_metrics.ipynb #e77c002b
 def rank_auroc(
@@ -30,13 +30,10 @@ def rank_auroc(
     with np.errstate(invalid="ignore"): return (pos * below).sum(1) / (pos.sum(1) * neg.sum(1))
 
 # %% ../nbs/15_metrics.ipynb #3ac72b94
-def _need(ok, message):
-    if not ok: raise MedxferError(message)
-
 def _numbers(name, values):
     try: a = np.asarray(values, dtype=float)
     except (TypeError, ValueError) as e: raise MedxferError(f"{name} must hold numbers only ({e})") from e
-    _need(a.size and np.isfinite(a).all(), f"{name} is empty or holds NaN or infinite values; leave those images out")
+    need(a.size and np.isfinite(a).all(), f"{name} is empty or holds NaN or infinite values; leave those images out")
     return a
 
 # %% ../nbs/15_metrics.ipynb #e8c16a8a
@@ -48,13 +45,13 @@ def checked(
     "Check labels, probabilities and patients; what does not fit is a `MedxferError` that says what to do."
     y, p = _numbers("y", y), _numbers("p", p)
     if p.ndim == 1: p = np.stack([1 - p, p], axis=1)
-    _need(y.ndim == 1 and p.ndim == 2 and p.shape[1] >= 2, f"y must be (n,) and p (n, classes); they are {y.shape} and {p.shape}")
-    _need(len(y) == len(p), f"y has {len(y)} labels and p has {len(p)} rows; pass the same images in the same order")
-    _need(((p >= 0) & (p <= 1)).all() and np.allclose(p.sum(1), 1, atol=1e-3), "p does not hold probabilities that sum to 1; pass softmax(logits)")
+    need(y.ndim == 1 and p.ndim == 2 and p.shape[1] >= 2, f"y must be (n,) and p (n, classes); they are {y.shape} and {p.shape}")
+    need(len(y) == len(p), f"y has {len(y)} labels and p has {len(p)} rows; pass the same images in the same order")
+    need(((p >= 0) & (p <= 1)).all() and np.allclose(p.sum(1), 1, atol=1e-3), "p does not hold probabilities that sum to 1; pass softmax(logits)")
     bad = np.unique(y[~np.isin(y, range(p.shape[1]))])
-    _need(not len(bad), f"y holds {bad[:5].tolist()}, but p has classes 0 to {p.shape[1] - 1}; number them so, and leave out unlabelled images")
+    need(not len(bad), f"y holds {bad[:5].tolist()}, but p has classes 0 to {p.shape[1] - 1}; number them so, and leave out unlabelled images")
     groups = np.arange(len(y)) if groups is None else np.asarray(groups)
-    _need(groups.shape == y.shape, f"groups has shape {groups.shape}; give one patient for each of the {len(y)} images")
+    need(groups.shape == y.shape, f"groups has shape {groups.shape}; give one patient for each of the {len(y)} images")
     return y.astype(int), p, np.unique(groups, return_inverse=True)[1]
 
 # %% ../nbs/15_metrics.ipynb #03284031
@@ -74,7 +71,7 @@ class Metric:
     def __call__(self, y, p) -> float:
         y, p, _ = checked(y, p)
         value = self.values(y, p, np.ones((1, len(y))))[0]
-        _need(not np.isnan(value), f"{self.name} is not estimable: only class {y[0]} is in y; use a test set with more classes")
+        need(not np.isnan(value), f"{self.name} is not estimable: only class {y[0]} is in y; use a test set with more classes")
         return float(value)
 
 # %% ../nbs/15_metrics.ipynb #f395c645
@@ -134,7 +131,7 @@ def interval(
     level: float = 0.95,  # share of the draws inside
 ):  # low, high, why; low and high are None where no interval can be given, and why says the reason
     "Percentile bootstrap interval (Efron & Tibshirani 1993, ch. 13)."
-    _need(0 < level < 1 and len(draws) >= 100, f"level must lie between 0 and 1 and n_boot be at least 100; they are {level} and {len(draws)}")
+    need(0 < level < 1 and len(draws) >= 100, f"level must lie between 0 and 1 and n_boot be at least 100; they are {level} and {len(draws)}")
     good = draws[~np.isnan(draws)]
     if len(good) < len(draws) / 2: return None, None, f"only {len(good)} of {len(draws)} resamples hold every class"
     low, high = (float(q) for q in np.quantile(good, [(1 - level) / 2, (1 + level) / 2]))
@@ -149,7 +146,7 @@ def logit_interval(
     ends: tuple = (0.0, 1.0),  # the lowest and the highest possible value
 ):  # low, high
     "Symmetric on the logit scale, by the delta method, so it never leaves its ends (Pepe 2003, chapter 5)."
-    _need(0 < level < 1 and ends[0] < value < ends[1],
+    need(0 < level < 1 and ends[0] < value < ends[1],
           f"level must lie between 0 and 1 and value inside {tuple(ends)}; they are {level} and {value}; at the ends, use score()")
     width, u = ends[1] - ends[0], (value - ends[0]) / (ends[1] - ends[0])
     half = student.ppf((1 + level) / 2, df) * se / width / (u * (1 - u))
@@ -223,7 +220,7 @@ def mean_score(
     "The mean of one number an image, or of a paired difference, with a percentile bootstrap interval by patient."
     values, other = _numbers("values", values), np.zeros(len(values)) if minus is None else _numbers("minus", minus)
     groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    _need(len(set(shapes := (values.shape, other.shape, groups.shape))) == 1, f"values, minus and groups need one entry an image, not {shapes}")
+    need(len(set(shapes := (values.shape, other.shape, groups.shape))) == 1, f"values, minus and groups need one entry an image, not {shapes}")
     draws = np.concatenate([_mean(w, values - other) for w in resamples(groups, n_boot, seed)])
     low, high, why = interval(draws, level)
     return Score(float((values - other).mean()), low, high, len(values), _label("percentile", groups, level, draws), why)
@@ -241,7 +238,7 @@ def paired_difference(
 ) -> Score:  # metric(a) - metric(b)
     "The difference of two networks with a percentile interval from resamples that both share."
     (y_a, p_a, groups_a), (_, p_b, _) = checked(y, p_a, groups), checked(y, p_b, groups)
-    _need(p_a.shape == p_b.shape, f"p_a has shape {p_a.shape} and p_b {p_b.shape}; both must score the same classes")
+    need(p_a.shape == p_b.shape, f"p_a has shape {p_a.shape} and p_b {p_b.shape}; both must score the same classes")
     diff = lambda w: metric.values(y_a, p_a, w) - metric.values(y_a, p_b, w)
     value, draws = float(diff(np.ones((1, len(y_a))))[0]), np.concatenate([diff(w) for w in resamples(groups_a, n_boot, seed)])
     method = "paired " + _label("percentile", groups_a, level, draws)

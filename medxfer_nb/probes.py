@@ -13,7 +13,7 @@ import torch
 from scipy.special import softmax
 from sklearn.model_selection import StratifiedGroupKFold
 
-from .core import MedxferError
+from .core import MedxferError, need
 
 # %% ../nbs/19_probes.ipynb #fb3841ab
 def _standardise(x, s):
@@ -117,25 +117,21 @@ def _solve(z, t, C, s):
     raise MedxferError(f"the probe with C={C[live[:, 0, :, 0]].max():g} found no solution in 200 steps; take a smaller C")
 
 # %% ../nbs/19_probes.ipynb #5893fc60
-def _need(ok, message):
-    if not ok: raise MedxferError(message)
-
-
 def _finite(name, values, *dims, above=-np.inf):
     "The values as float64; what has the wrong shape, is not finite or too small is named."
     try: a = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as e: raise MedxferError(f"{name} must hold numbers only ({e})") from e
-    _need(a.ndim in dims and a.size, f"{name} has shape {a.shape}; it needs {' or '.join(map(str, dims))} dimensions and at least one entry")
-    _need(np.isfinite(a).all(), f"{name} holds NaN or infinite values; leave those rows out")
-    _need(a.min() > above, f"{name} must be above {above}; it holds {a.min():g}")
+    need(a.ndim in dims and a.size, f"{name} has shape {a.shape}; it needs {' or '.join(map(str, dims))} dimensions and at least one entry")
+    need(np.isfinite(a).all(), f"{name} holds NaN or infinite values; leave those rows out")
+    need(a.min() > above, f"{name} must be above {above}; it holds {a.min():g}")
     return a
 
 
 def _classes(y, s):
     "The classes (n,) as int, 0 .. K-1; each of them has weight in every training set of s (B, n)."
     y = _finite("y", y, 1)
-    _need((y == y.round()).all() and y.min() >= 0, "y must hold class numbers 0, 1, 2, ...; leave unlabelled rows out")
-    _need(y.max() > 0, "y holds only class 0; a probe needs two classes")
+    need((y == y.round()).all() and y.min() >= 0, "y must hold class numbers 0, 1, 2, ...; leave unlabelled rows out")
+    need(y.max() > 0, "y holds only class 0; a probe needs two classes")
     y = y.astype(np.int64)
     missing = np.argwhere(np.stack([s[:, y == k].sum(1) for k in range(y.max() + 1)], 1) == 0)
     if len(missing): raise MedxferError("training set {} has no row of class {}; draw more rows, or number the classes anew".format(*missing[0]))
@@ -157,7 +153,7 @@ class Probe:
     def predict_proba(self, x):
         "The probabilities (..., m, K) of the pictures with features `x` (m, F)."
         x, (weight, bias) = _finite("x", x, 2), self.head()
-        _need(x.shape[1] == weight.shape[-1], f"x has {x.shape[1]} features; this probe was fitted on {weight.shape[-1]}")
+        need(x.shape[1] == weight.shape[-1], f"x has {x.shape[1]} features; this probe was fitted on {weight.shape[-1]}")
         return softmax(x @ np.swapaxes(weight, -1, -2) + bias[..., None, :], axis=-1)
 
 # %% ../nbs/19_probes.ipynb #bf98c05d
@@ -181,8 +177,8 @@ def logistic(
 ) -> Probe:  # its weights are ([B,] [P,] K, F), with K = 1 for two classes
     "Logistic regression with an L2 penalty on standardised features: the solution of scikit-learn's `StandardScaler` and `LogisticRegression`."
     x, C, s = _finite("x", x, 2), _finite("C", C, 0, 1, above=0), _finite("weights", np.ones(len(x)) if weights is None else weights, 1, 2)
-    _need(len(x) == len(y) == s.shape[-1], f"x has {len(x)} rows, y {len(y)} and weights {s.shape[-1]}; give one class and one weight a row")
-    _need(s.min() >= 0, f"weights must not be negative; one is {s.min():g}")
+    need(len(x) == len(y) == s.shape[-1], f"x has {len(x)} rows, y {len(y)} and weights {s.shape[-1]}; give one class and one weight a row")
+    need(s.min() >= 0, f"weights must not be negative; one is {s.min():g}")
     shape, s = s.shape[:-1] + C.shape, np.atleast_2d(s)
     batch = torch.tensor(x)[None], _classes(y, s)[None], torch.tensor(C).reshape(1, -1), torch.tensor(s)
     batch = [v.expand(len(s), *v.shape[1:]) for v in batch]
@@ -233,8 +229,8 @@ def _probe_size(x, y, groups, draws, C):
 def _rows(draw, n):
     "The row numbers of a draw in ascending order: what is drawn counts, not the order."
     rows = np.sort(np.asarray(draw))
-    _need(rows.ndim == 1 and rows.size and rows.dtype.kind in "iu", "a draw must be a list of row numbers, and not empty")
-    _need(0 <= rows[0] and rows[-1] < n, f"a draw goes from row {rows[0]} to {rows[-1]}; x has rows 0 to {n - 1}")
+    need(rows.ndim == 1 and rows.size and rows.dtype.kind in "iu", "a draw must be a list of row numbers, and not empty")
+    need(0 <= rows[0] and rows[-1] < n, f"a draw goes from row {rows[0]} to {rows[-1]}; x has rows 0 to {n - 1}")
     return rows
 
 
@@ -247,9 +243,9 @@ def probe(
 ) -> list:  # a `Probe` for each draw, with the C that was chosen
     "For each draw: the penalty by folds of patients and mean log loss, then a probe on all its pictures (scikit-learn's `GridSearchCV`)."
     x, groups, C = _finite("x", x, 2), np.asarray(groups), torch.tensor(_finite("penalties", penalties, 1, above=0))
-    _need(len(x) == len(y) == len(groups), f"x has {len(x)} rows, y {len(y)} and groups {len(groups)}; give one class and one patient a row")
+    need(len(x) == len(y) == len(groups), f"x has {len(x)} rows, y {len(y)} and groups {len(groups)}; give one class and one patient a row")
     draws, x, solved = [_rows(draw, len(x)) for draw in rows], torch.tensor(x), {}
-    _need(draws, "rows names no draw; give a list with the row numbers of each")
+    need(draws, "rows names no draw; give a list with the row numbers of each")
     y = _classes(y, np.stack([np.bincount(draw, minlength=len(x)) for draw in draws]))
     for size in {len(draw) for draw in draws}:
         same = {draw.tobytes(): draw for draw in draws if len(draw) == size}
