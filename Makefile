@@ -1,6 +1,7 @@
 # make tour [DATA=name or folder]   from ImageNet to a medical target, with a report in reports/
 # make lab                          JupyterLab on the tour
 # make test                         every test, every notebook
+# make notebooks [N="35_study tour"]  run these notebooks, or all, and store their outputs clean
 # make bench                        against fastai, a plain torchvision loop and scikit-learn; writes bench/results.json
 # make clean                        remove the installation and the reports; the cache stays
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv-bench
 
-.PHONY: tour lab test bench clean
+.PHONY: tour lab test notebooks bench clean
 
 tour: $(READY)
 	$(BIN)/medxfer run nbs/tour.ipynb --data "$(DATA)" --out reports
@@ -21,6 +22,10 @@ lab: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbmake --ignore nbs/tour.ipynb tests nbs
+
+notebooks: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python nbs/execute.py $(N)
+	$(BIN)/nbdev-clean
 
 bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python bench/run.py
