@@ -24,7 +24,7 @@ STRATEGIES = ("scratch", "feature_extraction", PARTIAL, "fine_tuning")  # a smal
 def label_efficiency(ds, size, budgets=(10, 20, 50, 100, "all"), seeds=10, workers=2, save=None):
     "Wall seconds of the call with its intervals; for each strategy the seconds of its runs over the number of workers; and the scores."
     start = time.perf_counter()
-    study = compare(ds, STRATEGIES, budgets, seeds, size=size, workers=workers)
+    study = compare(ds, STRATEGIES, budgets, seeds, size=size, workers=workers, precision="auto")
     found = study.summary()[study.metric.name]
     wall = time.perf_counter() - start
     if save: study.save(save)
