@@ -17,8 +17,8 @@ from medxfer_nb.transfer import Phase, Strategy
 HOME = Path(__file__).with_suffix("")
 HELD = "l2_sp", "delta", "bss", "lwf", "co_tuning", "stochnorm"
 MOVES = "feature_extraction", "fully_connected", "last_two", "early", "gradual", "discriminative", "full", "fine_tuning", "lp_ft"
-STARTS = "scratch",  # of the strategies that start at random
-TWO_HOPS = "feature_extraction", "fully_connected", "last_two", "fine_tuning", "l2_sp"
+STARTS = "scratch", "sensitive", "mean_var"  # at random: a small network, the same network, and with the source's means and variances
+TWO_HOPS = "feature_extraction", "fully_connected", "last_two", "gradual", "discriminative", "full", "fine_tuning", "lp_ft", "l2_sp"
 NAMES = "best_on_breast", "best_on_pneumonia", "imagenet_to_breast", "pneumonia_to_breast", "batch_norm"
 LITES = [f"tf_efficientnet_lite{i}" for i in range(3)]
 
