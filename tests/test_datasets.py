@@ -11,7 +11,7 @@ from PIL import Image
 from medxfer_nb import datasets
 from medxfer_nb.core import MedxferError
 from medxfer_nb.datasets import by_study, list_datasets, load, medmnist_info
-from medxfer_nb.imageset import Task, coarse_target, leaks, split_by_group
+from medxfer_nb.imageset import UNKNOWN, Task, coarse_target, leaks, split_by_group
 
 
 def write(path, value):
@@ -181,6 +181,154 @@ def test_medmnist_keeps_its_modality(tmp_path):
     parts = {f"{s}_images": np.zeros((2, 28, 28), np.uint8) for s in ("train", "val", "test")}
     np.savez(tmp_path / "breastmnist.npz", **parts, **{f"{s}_labels": np.array([[0], [1]]) for s in ("train", "val", "test")})
     assert load("breastmnist", root=tmp_path).info.modality == "ultrasound"
+
+
+# --- pictures with masks ---
+
+
+def outlined(root, n=12, labels=True, sub=lambda i: ""):
+    "Pictures of 40 x 50 with a square of 10 in every second one; two pictures a patient; pixels of 0.8 mm."
+    rows = []
+    for i in range(n):
+        name, mask = f"{sub(i)}p{i // 2}_{i}.png", np.zeros((40, 50), np.uint8)
+        write(root / "images" / name, 10 + i)
+        if i % 2: mask[10:20, 5 + i:15 + i] = 255
+        (root / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(root / "masks" / name)
+        rows.append(dict(id=name, group=f"p{i // 2}", spacing_mm=0.8, finding=["none", "cyst"][i % 2], size_mm=8.0 if i % 2 else None))
+    if labels: pd.DataFrame(rows).to_csv(root / "labels.csv", index=False)
+    return root
+
+
+def put(root, name, mask): Image.fromarray(mask).save(root / "masks" / name)
+
+
+def relabel(root, **columns):
+    pd.read_csv(root / "labels.csv", keep_default_na=False).assign(**columns).to_csv(root / "labels.csv", index=False)
+
+
+def test_masks_are_read_beside_their_pictures(tmp_path):
+    ds = load(outlined(tmp_path), size=50)
+    assert list(ds.tasks) == ["finding", "size_mm", "mask"] and ds.task.classes == ("cyst", "none") and ds.tasks["size_mm"].unit == "mm"
+    for row, mask in zip(ds.table.itertuples(), ds.masks):
+        i = int(row.id[:-4].split("_")[1])
+        expected = np.zeros((50, 50), np.uint8)                                   # five rows of border above and below
+        if i % 2: expected[15:25, 5 + i:15 + i] = 1
+        np.testing.assert_array_equal(mask, expected)
+    assert ds.table["group"].nunique() == 6 and (ds.table["spacing_mm"] == 0.8).all() and np.isnan(ds.target("size_mm")).sum() == 6
+
+
+def test_spacing_and_area_survive_a_resize(tmp_path):
+    ds = load(outlined(tmp_path), size=25)
+    assert np.allclose(ds.table["spacing_mm"], 1.6)
+    area = ds.masks.sum((1, 2)) * ds.table["spacing_mm"] ** 2
+    assert np.allclose(area[ds.target() == 0], 64, rtol=0.25) and (area[ds.target() == 1] == 0).all()
+
+
+def test_a_missing_mask_is_unknown_and_an_empty_one_is_an_answer(tmp_path):
+    outlined(tmp_path, labels=False)
+    for name in ("p0_0.png", "p0_1.png"): (tmp_path / "masks" / name).unlink()
+    ds = load(tmp_path, size=50, patient=r"(p\d+)_")
+    unknown = ds.table["id"].isin(["p0_0.png", "p0_1.png"]).to_numpy()
+    assert (ds.masks[unknown] == UNKNOWN).all() and (ds.masks[~unknown] <= 1).all() and "2 pictures have no mask" in repr(ds)
+    assert list(ds.tasks) == ["mask"] and len(ds.labelled()) == 10 and np.array_equal(ds.known, ~unknown)
+    with pytest.raises(MedxferError, match="n=12"): ds.few(12)
+
+
+def test_a_word_for_a_picture_that_nobody_has_outlined_is_no_contradiction(tmp_path):
+    (outlined(tmp_path) / "masks" / "p0_1.png").unlink()
+    ds = load(tmp_path, size=50)
+    row = ds.table["id"].tolist().index("p0_1.png")
+    assert ds.task.classes[ds.target()[row]] == "cyst" and (ds.masks[row] == UNKNOWN).all()
+
+
+def test_patients_stay_together_with_masks_too(tmp_path):
+    ds = load(outlined(tmp_path, 40), size=32)
+    assert set(ds.table["split"]) == {"train", "val", "test"} and ds.table.groupby("group")["split"].nunique().max() == 1 and len(leaks(ds)) == 0
+
+
+def test_sub_folders_are_classes_and_splits(tmp_path):
+    ds = load(outlined(tmp_path / "a", labels=False, sub=lambda i: ["normal/", "benign/"][i % 2]), size=32)
+    assert ds.task == Task("label", "binary", ("benign", "normal")) and ds.target().sum() == 6
+    ds = load(outlined(tmp_path / "b", labels=False, sub=lambda i: f"{['train', 'test'][i // 6]}/{['normal', 'benign'][i % 2]}/"), size=32)
+    assert ds.table["split"].value_counts().to_dict() == {"train": 6, "test": 6} and ds.task.classes == ("benign", "normal")
+
+
+def test_masks_of_0_and_1_of_another_ending_and_in_numpy(tmp_path):
+    root = outlined(tmp_path)
+    mask = np.array(Image.open(root / "masks" / "p0_1.png"))
+    (root / "masks" / "p0_1.png").unlink()
+    np.save(root / "masks" / "p0_1.npy", mask > 0)
+    put(root, "p1_3.png", np.array(Image.open(root / "masks" / "p1_3.png")) // 255)
+    ds = load(root, size=50)
+    assert ds.masks[ds.table["id"].isin(["p0_1.png", "p1_3.png"])].sum((1, 2)).tolist() == [100, 100]
+
+
+def test_given_splits_and_missing_answers(tmp_path):
+    relabel(outlined(tmp_path), split=["train"] * 8 + ["val"] * 2 + ["test"] * 2, finding=["", "cyst"] + ["none", "cyst"] * 5, sick=[0, 1] * 6)
+    ds = load(tmp_path, size=32)
+    assert ds.table["split"].tolist() == ["train"] * 8 + ["val"] * 2 + ["test"] * 2
+    assert (ds.target() == -1).sum() == 1 and ds.tasks["sick"].classes == ("0", "1") and ds.target("sick").sum() == 6
+
+
+def test_pictures_without_a_row_keep_their_mask(tmp_path):
+    root = outlined(tmp_path)
+    pd.read_csv(root / "labels.csv").drop(columns="group").iloc[:8].to_csv(root / "labels.csv", index=False)
+    ds = load(root, size=50, patient=r"(p\d+)_")
+    assert len(ds) == 12 and (ds.target() == -1).sum() == 4 and ds.masks.sum() == 600 and ds.table["group"].nunique() == 6
+
+
+def test_a_mask_that_fills_its_picture_leaves_the_border_out(tmp_path):
+    put(outlined(tmp_path), "p0_1.png", np.full((40, 50), 255, np.uint8))
+    ds = load(tmp_path, size=50)
+    assert ds.masks[ds.table["id"] == "p0_1.png"].sum() == 40 * 50
+
+
+def test_a_damaged_picture_is_left_out_with_its_mask(tmp_path, capsys):
+    (outlined(tmp_path) / "images" / "p0_1.png").write_bytes(b"nothing")
+    ds = load(tmp_path, size=50)
+    assert len(ds) == 11 and ds.masks.sum() == 500 and "p0_1.png" in capsys.readouterr().out
+
+
+def csv(root, text): (root / "labels.csv").write_text(text)
+def same_name(root): np.save(root / "images" / "p0_0.npy", np.zeros((40, 50), np.uint8))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda r: put(r, "p0_1.png", np.zeros((50, 40), np.uint8)), r"p0_1.png has the shape \(50, 40\) and its picture \(40, 50\)"),
+    (lambda r: put(r, "p0_1.png", np.full((40, 50), 7, np.uint8)), r"p0_1.png holds \[7\]"),
+    (lambda r: put(r, "p0_1.png", np.tile(np.uint8([0, 128, 255, 3, 9]), (40, 10))), "p0_1.png holds .* save it as PNG"),
+    (lambda r: (r / "masks" / "p0_1.png").write_bytes(b"nothing"), "cannot read .*masks.*p0_1.png"),
+    (lambda r: put(r, "other.png", np.zeros((40, 50), np.uint8)), "other.png is the mask of no picture"),
+    (lambda r: put(r, "p0_0.png", np.full((40, 50), 255, np.uint8)), "p0_0.png: its finding is 'none', but something is outlined"),
+    (lambda r: put(r, "p0_1.png", np.zeros((40, 50), np.uint8)), "p0_1.png: its finding is 'cyst', but the mask is empty"),
+    (lambda r: relabel(r, finding=[1, 0] * 6), "p0_0.png: its finding is '1', but the mask is empty"),
+    (lambda r: put(r, "p0_1.png", np.eye(40, 50, 3, dtype=np.uint8) * (np.arange(50) == 5)), "p0_1.png is lost at size=20"),
+    (same_name, "p0_0.* and .*p0_0.* have one name"),
+    (lambda r: [p.unlink() for p in (r / "masks").iterdir()], "masks holds no picture"),
+    (lambda r: shutil.rmtree(r / "images"), "images holds no picture"),
+    (lambda r: csv(r, "name,finding\na,1\n"), "no column 'id'"),
+    (lambda r: csv(r, "id,finding\np0_2.png,none\n"), "unknown picture in .*labels.csv 'p0_2.png'; did you mean"),
+    (lambda r: csv(r, "id,finding\np0_0.png,none\np0_0.png,none\n"), "two rows for p0_0.png"),
+    (lambda r: csv(r, ""), "cannot read .*labels.csv"),
+    (lambda r: relabel(r, group=[""] + ["p"] * 11), "has no group for p0_0.png"),
+    (lambda r: relabel(r, split="trian"), "unknown split in .*labels.csv 'trian'; did you mean 'train'"),
+    (lambda r: relabel(r, split=["train", "test"] * 6), "of the same patient 'p0' in two splits"),
+])
+def test_a_spoilt_set_with_masks_is_refused(tmp_path, spoil, words):
+    spoil(outlined(tmp_path))
+    with pytest.raises(MedxferError, match=words): load(tmp_path, size=20)
+
+
+def test_a_label_is_given_once(tmp_path):
+    root = outlined(tmp_path, sub=lambda i: ["normal/", "benign/"][i % 2])
+    relabel(root, label="x")
+    with pytest.raises(MedxferError, match="both labels.csv and the folders below images give a label"): load(root, size=20)
+
+
+def test_a_word_that_denies_nothing_is_no_contradiction(tmp_path):
+    relabel(outlined(tmp_path), finding=["cyst", "solid"] * 6)         # no class says that there is nothing
+    assert len(load(tmp_path, size=20)) == 12
 
 
 # --- MURA's tree ---
