@@ -19,8 +19,7 @@ from medxfer_nb.probes import probe
 
 def draws(train, budgets, seeds):
     "The rows of each draw, as `transfer` draws them, in ascending order."
-    sets = [train if n == "all" else train.few(n, seed) for n in budgets for seed in range(seeds)]
-    return [np.flatnonzero(train.table["id"].isin(ds.table["id"])) for ds in sets]
+    return [np.arange(len(train)) if n == "all" else np.sort(train.draw(n, seed)) for n in budgets for seed in range(seeds)]
 
 
 def engine(ds, folder, size=96, budgets=(10, 20, 50, 100, "all"), seeds=10):

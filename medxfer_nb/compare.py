@@ -148,11 +148,11 @@ def _solve(ds, train, test, valid, plans):
     start, first = time.perf_counter(), plans[0]
     net = source_network(ds, first.strategy, size=first.size, **first.source)
     x, of_test, of_valid = (features(net, part).numpy() if part else None for part in (train, test, valid))
-    few = [train if plan.n is None else train.few(plan.n, plan.seed) for plan in plans]
-    solved = probe(x, train.target(), train.groups, [np.flatnonzero(train.table["id"].isin(part.table["id"])) for part in few])
+    rows = [np.arange(len(train)) if plan.n is None else np.sort(train.draw(plan.n, plan.seed)) for plan in plans]
+    solved = probe(x, train.target(), train.groups, rows)
     seconds, once = (time.perf_counter() - start) / len(plans), flops(net, len(net.stages) + 1)[0]
     answers = [(p.predict_proba(of_test), p.predict_proba(of_valid) if valid else np.zeros(0)) for p in solved]
-    return [_keep(plan, Result(*a, seconds, once * len(part))) for plan, part, a in zip(plans, few, answers)]
+    return [_keep(plan, Result(*a, seconds, once * len(r))) for plan, r, a in zip(plans, rows, answers)]
 
 
 def _solve_all(ds, train, test, valid, plans):

@@ -190,19 +190,28 @@ def split_by_group(
     return frame["group"].map(home).to_numpy()
 
 # %% ../nbs/05_imageset.ipynb #bc74ad0e
-def few(
+def _draw(
     ds: ImageSet,  # usually a training split
     n: int,  # how many labelled pictures
     seed: int = 0,
-) -> ImageSet:
-    "`n` pictures with balanced classes; a larger draw with the same seed contains the smaller ones."
+) -> np.ndarray:  # (n,) their row numbers
+    "The rows that `few` takes, in the order of the draw."
     rng, classes = np.random.default_rng(seed), ds.target() if ds.task.kind in ("binary", "multiclass") else np.zeros(len(ds), int)
     order = pd.Series(rng.permutation(len(ds)))
     rank = order.groupby(classes[order]).cumcount()
     order = order[np.lexsort((rng.permutation(len(ds)), rank))].to_numpy()
     order = order[ds.known[order]]                      # pictures without a label are not drawn
     if not 0 < n <= len(order): raise MedxferError(f"n={n}: {ds.info.name} has {len(order)} labelled pictures to draw from")
-    return ds.take(order[:n])
+    return order[:n]
+
+
+def few(
+    ds: ImageSet,  # usually a training split
+    n: int,  # how many labelled pictures
+    seed: int = 0,
+) -> ImageSet:
+    "`n` pictures with balanced classes; a larger draw with the same seed contains the smaller ones."
+    return ds.take(ds.draw(n, seed))
 
 # %% ../nbs/05_imageset.ipynb #bb6c9ac5
 def shuffled(
@@ -220,7 +229,7 @@ def shuffled(
     return replace(ds, table=table)
 
 
-ImageSet.few, ImageSet.shuffled = few, shuffled
+ImageSet.draw, ImageSet.few, ImageSet.shuffled = _draw, few, shuffled
 
 # %% ../nbs/05_imageset.ipynb #72469c5b
 def fingerprints(
