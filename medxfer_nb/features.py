@@ -84,8 +84,8 @@ def _write(folder, batches, lead, precision):
         for batch in batches:
             if not files:
                 shapes = {name: (*lead, *x.shape[1:]) for name, x in batch.items()}
-                need, free = sum(map(math.prod, shapes.values())) * np.dtype(code).itemsize, shutil.disk_usage(folder).free
-                need(need <= free, f"these features take {need / 1e9:.3g} GB and the disk of {folder.parent} has {free / 1e9:.3g} GB free; "
+                size, free = sum(map(math.prod, shapes.values())) * np.dtype(code).itemsize, shutil.disk_usage(folder).free
+                need(size <= free, f"these features take {size / 1e9:.3g} GB and the disk of {folder.parent} has {free / 1e9:.3g} GB free; "
                       "features.clear() empties the cache of features, MEDXFER_CACHE moves it, and precision='float16' halves it")
                 files = {name: stack.enter_context(open(folder / f"{name}.npy", "wb")) for name in shapes}
                 for name, f in files.items(): np.lib.format.write_array_header_1_0(f, dict(descr=code, fortran_order=False, shape=shapes[name]))
