@@ -12,7 +12,7 @@ _HOME = {  # name -> the module that holds it
     "create_model": "backbones", "list_models": "backbones",
     "score": "metrics",
     "transfer": "strategies", "STRATEGIES": "transfer",
-    "grad_cam": "explain",
+    "explain": "explain",
     "compare": "compare",
 }
 __all__ = ["__version__", *_HOME]

@@ -50,8 +50,7 @@ def probe_grid(
     if task.kind not in ("binary", "multiclass"): raise MedxferError(f"{name}: a probe needs classes, and {task.name!r} is a {task.kind} task")
     train, valid = ds.split("train"), ds.split("val")
     known, asked = stage_features(net, train.images), stage_features(net, valid.images)
-    row = {id: i for i, id in enumerate(train.table["id"])}
-    draws = {n: [row[id] for id in train.few(n, seed).table["id"]] for n in budgets if len(task.classes) <= n <= len(train)}
+    draws = {n: train.draw(n, seed) for n in budgets if len(task.classes) <= n <= len(train)}
     if not draws: raise MedxferError(f"budgets={budgets}: choose from {len(task.classes)} (one label a class) to {len(train)} (all of {name})")
     frozen = dict(zip(net.stage_names, np.cumsum([sum(p.numel() for p in s.parameters()) for s in net.stages.children()])))
     rows = []

@@ -14,7 +14,7 @@ from torch import nn
 
 from medxfer_nb.concepts import SmallCNN
 from medxfer_nb.core import MedxferError
-from medxfer_nb.explain import grad_cam
+from medxfer_nb.explain import explain
 from medxfer_nb.surgery import FromMap, Network, Spec, ToMap, cut, cut_stages, one_channel, small_stem, unroll
 from medxfer_nb.transfer import build_target, copy_weights, freeze
 
@@ -141,7 +141,7 @@ def test_target_equals_source_until_it_trains_and_the_weights_are_a_deep_copy(ne
 
 
 def test_every_network_has_a_heat_map_that_depends_on_the_place(net, x):
-    maps = grad_cam(net, x, target=1)
+    maps = explain(net, x, target=1)
     assert maps.raw.shape[0] == 2 and maps.raw.ndim == 3 and maps.raw.any() and np.ptp(maps.raw, axis=(1, 2)).min() > 0
 
 
