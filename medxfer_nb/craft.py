@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler, swa_utils
 
 from .surgery import Network
-from .core import MedxferError, choose, need
+from .core import choose, need
 from .imageset import ImageSet
 from .loop import Callback
 from .training import Watch, fit
