@@ -2,7 +2,8 @@
 
     python nbs/studies/multitask.py --runs reports/multitask --workers 2
 
-Finished runs are kept in --runs; the results are written beside this file, in the folder multitask."""
+Finished runs are kept in --runs; the results are written beside this file, in the folder multitask, and what they hold already is not trained
+again: move them away to repeat everything."""
 import argparse
 import itertools
 from functools import partial
@@ -94,6 +95,11 @@ def examples(net, test):
     return dict(rows=rows, mask=p["mask"].astype(np.float16)) | {f"heat_{name}": h for name, h in heat(net, net.batch(some.images)).items()}
 
 
+def keep(path, **arrays):
+    "Write arrays to a file, whole or not at all."
+    with atomic_write(path) as part, open(part, "wb") as f: np.savez_compressed(f, **arrays)
+
+
 def train(name, tasks, n, seed, file):
     "One run, unless it lies there already."
     if file.exists(): return
@@ -107,18 +113,33 @@ def train(name, tasks, n, seed, file):
     if name in FULL:
         found |= {f"loss_{k}": v.to_numpy() for k, v in run.history.items()}
         found |= {f"example_{k}": v for k, v in examples(run.net, parts["test"]).items()}
-    with atomic_write(file) as part, open(part, "wb") as f: np.savez_compressed(f, **found)
+    keep(file, **found)
     for old in file.parent.glob(f"{file.stem}.ckpt*"): old.unlink()
 
 
-def collect(folder, jobs):
+def kept():
+    "What the file of the grid beside this script holds: name|budget|seed -> arrays."
+    if not (HOME / "grid.npz").exists(): return {}
+    grid = np.load(HOME / "grid.npz")
+    parts = {name: grid[name] for name in ("val", "test", "seconds")}
+    return {run: {name: part[i] for name, part in parts.items()} for i, run in enumerate(grid["runs"].tolist())}
+
+
+def collect(jobs, grid):
     "All finished runs of the grid in one small file, and each with all labels in one."
-    done = [(job, np.load(file)) for *job, file in jobs if file.exists() and job[0] not in FULL]
-    names = np.array([f"{name}|{n}|{seed}" for (name, _, n, seed), _ in done])
-    found = {split: np.stack([z[split] for _, z in done]) for split in ("val", "test")}
-    np.savez_compressed(folder / "grid.npz", runs=names, columns=np.array(COLUMNS), seconds=[float(z["seconds"]) for _, z in done], **found)
-    for *job, file in jobs:
-        if job[0] in FULL and file.exists(): np.savez_compressed(folder / f"{job[0]}.npz", columns=np.array(COLUMNS), **np.load(file))
+    new = {f"{name}|{n}|{seed}": np.load(file) for name, _, n, seed, file in jobs if file.exists() and name not in FULL}
+    grid = grid | new
+    found = {part: np.stack([run[part] for run in grid.values()]) for part in ("val", "test", "seconds")}
+    keep(HOME / "grid.npz", runs=np.array(list(grid)), columns=np.array(COLUMNS), **found)
+    for name, *_, file in jobs:
+        if name in FULL and file.exists(): keep(HOME / f"{name}.npz", columns=np.array(COLUMNS), **np.load(file))
+
+
+def missing(runs, grid):
+    "The runs that the files beside this script do not hold, each with its file in the folder of runs."
+    jobs = [(name, tasks, n, seed, runs / f"{name.replace('+', '-')}_{n}_{seed}.npz") for name, tasks, n, seed in arms()]
+    jobs = {job[-1]: job for job in jobs}.values()
+    return [job for job in jobs if f"{job[0]}|{job[2]}|{job[3]}" not in grid and not (job[0] in FULL and (HOME / f"{job[0]}.npz").exists())]
 
 
 def main():
@@ -127,12 +148,13 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
-    jobs = [(name, tasks, n, seed, args.runs / f"{name.replace('+', '-')}_{n}_{seed}.npz") for name, tasks, n, seed in arms()]
-    jobs = list({job[-1]: job for job in jobs}.values())
-    done = Parallel(n_jobs=args.workers, batch_size=1, pre_dispatch="all", return_as="generator_unordered")(delayed(train)(*job) for job in jobs)
-    for _ in progress(done, "runs", len(jobs)): pass
     HOME.mkdir(exist_ok=True)
-    collect(HOME, jobs)
+    jobs = missing(args.runs, grid := kept())
+    done = Parallel(n_jobs=args.workers, batch_size=1, pre_dispatch="all", return_as="generator_unordered")(delayed(train)(*job) for job in jobs)
+    try:
+        for _ in progress(done, "runs", len(jobs)): pass
+    except KeyboardInterrupt: print("stopped; what is finished is kept")
+    collect(jobs, grid)
 
 
 if __name__ == "__main__": main()
