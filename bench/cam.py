@@ -16,6 +16,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from common import here
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import scale_cam_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -83,7 +84,7 @@ def main():
         for name in ALL: print(json.dumps({name: every_method(name)}), flush=True)
         return
     rows = [measured(name, asked) for name in NETWORKS]
-    text = json.dumps(dict(turns=asked.turns, batch=asked.batch, size=asked.size, threads=asked.threads, rows=rows), indent=1)
+    text = json.dumps(here() | dict(turns=asked.turns, batch=asked.batch, size=asked.size, threads=asked.threads, rows=rows), indent=1)
     print(text)
     if not asked.quick: (HERE / "cam.json").write_text(text + "\n")
 

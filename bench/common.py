@@ -1,6 +1,11 @@
-"What the players share, in both environments: a job comes in as JSON, its answer goes out as JSON."
+"What the programs share, in both environments: the machine they run on, and a job that comes in as JSON and goes out as JSON."
 import json
+import os
+import platform
+import re
 import sys
+from datetime import date
+from pathlib import Path
 
 import torch
 
@@ -13,3 +18,9 @@ def answer(work):
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
     print(json.dumps(work(job)))
+
+
+def here():
+    "The date and the kind of machine, for results that are committed."
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
+    return dict(date=str(date.today()), machine=dict(cpu=cpu[1] if cpu else platform.machine(), cores=os.cpu_count(), system=platform.system()))

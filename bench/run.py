@@ -6,19 +6,16 @@
 import argparse
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-from common import BATCH
+from common import BATCH, here
 from ours import WORKLOADS, data, share_network, share_pictures
 from report import HERE, tables, write
 
@@ -73,11 +70,9 @@ def facts(ds, asked):
     "When, where, on what."
     names = ("torch", "torchvision", "timm", "scikit-learn", "medxfer_nb")
     pins = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().splitlines() if "==" in line)
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
-    kind = dict(cpu=cpu[1] if cpu else platform.machine(), cores=os.cpu_count(), system=platform.system())
     train = int((ds.table["split"] == "train").sum())
-    return dict(date=str(date.today()), machine=kind, versions={n: version(n) for n in names} | dict(fastai=pins["fastai"]),
-                data=dict(name=ds.info.name, train=train), size=asked.size, batch=BATCH, turns=asked.turns)
+    return here() | dict(versions={n: version(n) for n in names} | dict(fastai=pins["fastai"]),
+                         data=dict(name=ds.info.name, train=train), size=asked.size, batch=BATCH, turns=asked.turns)
 
 
 def measure(asked):
