@@ -15,14 +15,13 @@ import torch
 from matplotlib import pyplot as plt
 from monai.losses import DiceCELoss
 from scipy import ndimage as ndi
-from scipy.spatial.distance import cdist
 from torch import nn
 from torch.nn import functional as F
 
 from .core import MedxferError, choose, show
 from .imageset import UNKNOWN, ImageSet, Task
 from .loop import Callback, Loop, Run
-from .surfaces import dice, measure
+from .surfaces import dice, longest_diameter, measure
 from .surgery import Network
 from .training import augment, frozen_stages
 from .transfer import KNOWN, build_target, copy_weights, freeze, rates, source_network
@@ -383,14 +382,10 @@ def widening(
     return float(np.sort(abs(truth - sizes[:, 0])[known] / sizes[known, 1])[rank - 1])
 
 # %% ../nbs/28_multitask.ipynb #32c46004
-def _diameter(ax, mask, colour):
+def _diameter(ax, p, colour):
     "Draw the longest diameter of the largest piece."
-    pieces, n = ndi.label(mask)
-    if not n: return
-    piece = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
-    edge = np.argwhere(piece & ~ndi.binary_erosion(piece))
-    ends = edge[list(np.unravel_index(cdist(edge, edge).argmax(), (len(edge),) * 2))]
-    ax.plot(ends[:, 1], ends[:, 0], color=colour, linewidth=1, marker=".", markersize=3)
+    ends = longest_diameter(p)
+    if ends is not None: ax.plot(ends[:, 1], ends[:, 0], color=colour, linewidth=1, marker=".", markersize=3)
 
 
 def show_outlines(
@@ -406,9 +401,9 @@ def show_outlines(
     fig, axes = plt.subplots(1, len(pictures), figsize=(size * len(pictures), size * 1.25), squeeze=False, layout="constrained")
     for ax, picture, mask, drawn, title in zip(axes[0], pictures, truth, p, titles):
         ax.imshow(picture, cmap="gray", vmin=0, vmax=255); ax.set_axis_off(); ax.set_title(title, fontsize=8)
-        for inside, colour in ((np.asarray(mask) == 1, "#5F9ED1"), (drawn > 0.5, "#FF800E")):
-            if inside.any(): ax.contour(inside, levels=[0.5], colors=colour, linewidths=1.2)
-            if spacing is not None: _diameter(ax, inside, colour)
+        for one, colour in ((np.asarray(mask) == 1, "#5F9ED1"), (drawn, "#FF800E")):
+            if (inside := one > 0.5).any(): ax.contour(inside, levels=[0.5], colors=colour, linewidths=1.2)
+            if spacing is not None: _diameter(ax, one, colour)
     lines = "" if spacing is None else ", each with its longest diameter"
     show(fig, f"{len(pictures)} pictures with the true outline in blue and the drawn one in orange{lines}. {', '.join(titles)}.".replace("\n", " "))
 

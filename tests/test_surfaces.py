@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import HausdorffDistanceMetric, compute_hausdorff_distance, compute_iou, compute_surface_dice
+from scipy import ndimage as ndi
 from scipy.stats import norm
 from skimage.measure import label, regionprops
 from skimage.metrics import hausdorff_distance
@@ -14,7 +15,7 @@ from skimage.segmentation import find_boundaries
 
 from medxfer_nb import surfaces
 from medxfer_nb.core import MedxferError
-from medxfer_nb.surfaces import agreement, boundary_f1, dice, hausdorff95, iou, measure, outline_scores, show_agreement
+from medxfer_nb.surfaces import agreement, boundary_f1, dice, hausdorff95, iou, longest_diameter, measure, outline_scores, show_agreement
 
 SQUARE, MOVED, NOTHING, UNKNOWN = np.zeros((4, 1, 12, 9))
 SQUARE[0, 3:7, 2:6] = MOVED[0, 3:7, 3:7] = 1
@@ -274,3 +275,12 @@ def test_nothing_is_changed_in_place():
     outline_scores(p, masks, 1.0), measure(p, 1.0), measure(masks, 1.0)
     np.testing.assert_array_equal(p, before[0])
     np.testing.assert_array_equal(masks, before[1])
+
+
+def test_the_longest_diameter_is_the_one_that_is_measured():
+    rng = np.random.default_rng(0)
+    for p in ndi.gaussian_filter(rng.random((5, 40, 40)), (0, 3, 3)) * 1.0:
+        p = np.clip((p - p.min()) / np.ptp(p), 0, 1)
+        ends = longest_diameter(p)
+        assert np.hypot(*(ends[1] - ends[0])) == pytest.approx(measure(p[None], 1)["diameter_mm"][0])
+    assert longest_diameter(np.zeros((9, 9))) is None
