@@ -9,11 +9,10 @@ __all__ = ['mark_region', 'planted', 'Audit', 'audit', 'painted', 'balanced']
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from scipy.ndimage import distance_transform_edt
 
 from .core import need
-from .explain import explain, unchanged
+from .explain import explain, probabilities
 from .faithful import energy_inside
 from .imageset import ImageSet
 from .metrics import Score, mean_score
@@ -76,19 +75,12 @@ def audit(
     need(without.shape == marked.shape, f"the pictures have shapes {without.shape} and {marked.shape}; give the same pictures twice")
     differ = (without != marked).reshape(*without.shape[:3], -1).any(3)
     need(differ.any((1, 2)).all(), f"picture {np.argmin(differ.any((1, 2)))} is the same in both sets; leave it out")
-    p = [_probability(net, pictures, target) for pictures in (without, marked)]
-    maps = np.concatenate([explain(net, x, target, layer=layer).evidence(without.shape[1:3]) for x in net.batches(marked)])
-    share = energy_inside(maps, box := _boxes(differ))
-    return Audit(mean_score(p[1], groups, minus=p[0]), mean_score(share, groups, minus=box.mean((1, 2))), limit)
+    maps, before = explain(net, marked, target, layer=layer), probabilities(net, without)
+    share = energy_inside(maps.evidence(without.shape[1:3]), box := _boxes(differ))
+    change = mean_score(maps.p[:, target], groups, minus=before[:, target])
+    return Audit(change, mean_score(share, groups, minus=box.mean((1, 2))), limit)
 
 # %% ../nbs/34_shortcut.ipynb #e3f01a99
-@torch.inference_mode()
-def _probability(net, pictures, target):
-    with unchanged(net):
-        net.eval()
-        return torch.cat([net(x).softmax(1)[:, target] for x in net.batches(pictures)]).cpu().numpy()
-
-
 def _boxes(differ):
     "The rectangle around the True pixels of each picture."
     rows, columns = (np.maximum.accumulate(v, 1) & np.maximum.accumulate(v[:, ::-1], 1)[:, ::-1] for v in (differ.any(2), differ.any(1)))
