@@ -30,8 +30,8 @@ def label_efficiency(ds, size, budgets=(10, 20, 50, 100, "all"), seeds=10, worke
     if save: study.save(save)
     seconds = pd.Series({(study.arms[arm].strategy, arm, seed): s for (arm, seed), s in study.seconds.items()}).groupby(level=0).sum() / workers
     scores = [dict(labels=arm.n, strategy=arm.strategy, score=str(found[name])) for name, arm in study.arms.items()]
-    return dict(size=size, seeds=seeds, workers=workers, wall=wall, seconds=seconds.to_dict(), metric=study.metric.name, scores=scores,
-                failed={f"{arm}, seed {seed}": str(e) for (arm, seed), e in study.failed.items()})
+    facts = dict(data=ds.info.name, size=size, seeds=seeds, workers=workers, wall=wall, seconds=seconds.to_dict())
+    return facts | dict(metric=study.metric.name, scores=scores, failed={f"{arm}, seed {seed}": str(e) for (arm, seed), e in study.failed.items()})
 
 
 def main():

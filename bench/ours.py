@@ -67,8 +67,8 @@ def train(job):
     ds, net, clock = pickle.loads(Path(job["folder"], "set.pickle").read_bytes()), network(job["network"], job["size"]), Clock()
     net.bn_eval, (phase, augmented) = job["bn"] == "still", WORKLOADS[job["workload"]]
     freeze(net, phase.frozen)
-    epochs, start = phase.epochs if job["workload"] == "frozen" else job["epochs"], time.perf_counter()
-    run = fit(net, ds.split("train"), job["warm"] + epochs, rates(net, phase), augmented=augmented, callbacks=[clock], batch_size=BATCH)
+    start = time.perf_counter()
+    run = fit(net, ds.split("train"), job["warm"] + job["epochs"], rates(net, phase), augmented=augmented, callbacks=[clock], batch_size=BATCH)
     once = time.perf_counter() - start - sum(clock.seconds)
     return dict(seconds=clock.seconds[job["warm"]:], once=once, loss=run.history["loss"].tolist(), phase=phase.epochs)
 

@@ -70,6 +70,8 @@ def _fill(model, state, file):
     "Load `state` into the library's `model`, by name or, for other names in the same order, by place."
     own = model.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith(("aux1.", "aux2."))}
+    old = not any(k.endswith("num_batches_tracked") for k in state)  # written before BatchNorm counted its batches, as torchvision's ResNet-18
+    counters = {k: own.pop(k) for k in list(own) if old and k.endswith("num_batches_tracked")}
     if set(state) != set(own):
         twins = list(zip(own, state))
         if len(state) != len(own) or any(a.split(".")[-1] != b.split(".")[-1] for a, b in twins):
@@ -77,7 +79,7 @@ def _fill(model, state, file):
         state = {a: state[b] for a, b in twins}
     wrong = next((k for k in own if state[k].shape != own[k].shape), None)
     if wrong: raise MedxferError(f"{file}: {wrong} has shape {tuple(state[wrong].shape)}, {tuple(own[wrong].shape)} wanted")
-    model.load_state_dict(state)
+    model.load_state_dict(counters | state)
 
 
 def _packaged(model, name):

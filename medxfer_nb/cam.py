@@ -6,12 +6,11 @@
 __all__ = ['places', 'cam', 'contrast', 'as_maps']
 
 # %% ../nbs/31_cam.ipynb #4681a5b5
-import numpy as np
 import torch
 from torch import nn
 
 from .core import MedxferError
-from .explain import Maps, unchanged
+from .explain import Maps, check_targets, unchanged
 from .features import features
 from .surgery import Network
 
@@ -78,8 +77,7 @@ def as_maps(
     "The evidence for one class of each picture, as `explain` gives it."
     logits = evidence.sum((2, 3)) + net.head.bias.detach()
     n, classes = logits.shape
-    targets = logits.argmax(1).cpu().numpy() if target is None else np.full(n, target)
-    if not set(targets.tolist()) <= set(range(classes)): raise MedxferError(f"target={target!r}: the network has the classes 0 to {classes - 1}")
+    targets = logits.argmax(1).cpu().numpy() if target is None else check_targets(target, n, classes)
     raw = (contrast(evidence) if against else evidence)[range(n), targets].cpu().numpy()
     why = ["" if m.max() > 0 else f"no evidence for class {t}" for m, t in zip(raw, targets)]
     return Maps(raw, targets, net.stage_names[-1], (net.spec.size,) * 2, why, "cam", p=logits.softmax(1).cpu().numpy())

@@ -29,7 +29,7 @@ from .transfer import STRATEGIES, Strategy, source_network, transfer
 def _content(ds):
     "What a run's result depends on in a data set: the pixels and the table, hashed once a study."
     rows = ds.table[["id", "group", "split"]].assign(y=ds.target()).to_csv(index=False)
-    return ds.info.name, ds.images.shape, content(ds.images), rows
+    return ds.info.name, (ds.images.shape, ds.info.flip), content(ds.images), rows
 
 
 def _source(backbone):
@@ -236,7 +236,7 @@ def compare(
     size: int | None = None,  # side of the network's pictures, as in `transfer`
     metric: Metric = auroc,  # of the verdict
     folder=None,  # keep finished runs here, and take them from here the next time
-    known: Study | None = None,  # an earlier study of the same images: the runs that it has are taken over
+    known: Study | None = None,  # an earlier study of the same images, made with the same plans, size and precision: its runs are taken over
     workers: int = 1,  # runs at a time
     precision: str = "float32",  # as in `transfer`
 ) -> Study:

@@ -83,9 +83,11 @@ def labels_needed(
     arms = {s: _by_budget(study, s, backbone) for s in (a, b)}
     if len(arms[a]) < 2: raise MedxferError(f"{a!r} has one budget in this study; compare(budgets=(...)) with two or more draws a curve")
     names = [name for _, name in arms[a]] + [arms[b][-1][1]]
-    seeds = study.done(*names)
+    seeds, up = study.done(*names), 1 if study.metric.best > study.metric.worst else -1
+    if not seeds: raise MedxferError(f"no seed has finished all budgets of {a!r} and the largest of {b!r}; run the study to its end first")
     runs = np.stack([study.resampled(name, seeds) for name in names], axis=2)
-    draws = np.concatenate([runs[:1].mean(axis=1), two_level(runs[1:], runs[0], np.random.default_rng(0))])
+    draws = up * np.concatenate([runs[:1].mean(axis=1), two_level(runs[1:], runs[0], np.random.default_rng(0))])
+    draws = draws[~np.isnan(draws).any(axis=1)]     # a resample without one class has no AUROC
     need = _first(draws[:, :-1], np.array([float(n) for n, _ in arms[a]]), draws[:, -1])
     low, high = np.quantile(need[1:], [0.025, 0.975], method="nearest")
     why = f"{b} has {arms[b][-1][0]}" + (f"; {arms[a][0][0]} is the smallest budget" if need[0] == arms[a][0][0] else "")

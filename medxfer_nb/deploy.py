@@ -18,6 +18,7 @@ from safetensors import numpy as arrays
 from safetensors import torch as tensors
 
 from .backbones import Provenance, create_model
+from .calibration import fit_threshold
 from .core import MedxferError, choose, clear_write_errors, sha256
 from .images import fit_square, read_image, to_gray, to_uint8
 from .imageset import ImageSet, Info, Task
@@ -39,8 +40,7 @@ def choose_threshold(
     p,  # (N, 2) probabilities
 ) -> float:
     "The threshold, half-way between two probabilities, that gives the largest balanced accuracy (Youden 1950)."
-    q = np.unique(p[:, 1].astype(float))
-    return max([q[0], *(q[1:] + q[:-1]) / 2], key=lambda cut: balanced_accuracy(y, np.eye(2)[decided(p, cut)])).item()
+    return fit_threshold(y, p, "val").value
 
 # %% ../nbs/37_deploy.ipynb #1a5f639a
 @dataclass(repr=False)

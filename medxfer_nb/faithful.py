@@ -46,7 +46,7 @@ def energy_inside(
     maps,  # (N, H, W) evidence
     masks,  # (N, H, W), not 0 inside the region
 ) -> np.ndarray:  # (N,) 0 to 1
-    "The share of the positive evidence inside the mask (Wang et al. 2020, section 4.2)."
+    "The share of the positive evidence inside the mask (Wang et al. 2020, section 4.3)."
     maps, masks = _check_masks(maps, masks)
     return (maps.clip(0) * masks).sum((1, 2)) / np.maximum(maps.clip(0).sum((1, 2)), 1e-12)
 
@@ -87,7 +87,7 @@ def controls(
     known=None,  # (M, H, W) masks of other patients, of any side; None: without 'where lesions lay'
     seed: int = 0,  # of the random map
 ) -> dict:  # name -> (N, H, W) maps
-    "Maps that never saw the network: a map that is to be believed beats them all."
+    "Maps that never saw the network: what a map is worth is what it has beyond the best of them."
     grey = np.asarray(pictures, np.float32)
     grey = grey if grey.ndim == 3 else grey.mean(3)
     soft = ndi.gaussian_filter(grey, (0, *np.array(grey.shape[1:]) / 64))
@@ -144,7 +144,7 @@ def removal(
     shares=(0, 0.05, 0.1, 0.2, 0.4, 1),  # of the pixels, the most marked first
     insert: bool = False,  # start from the blurred picture and bring the pixels back
 ) -> np.ndarray:  # (N, len(shares)) probability of the class
-    "Deletion and insertion curves (Petsiuk et al. 2018, section 3.3); what is missing is painted with the blurred picture."
+    "Deletion and insertion curves (Petsiuk et al. 2018); what is missing is painted with the blurred picture."
     _check_side(batch, maps)
     side = batch.shape[-1] // 4 * 2 + 1
     blurred = torch.nn.functional.avg_pool2d(batch, side, 1, side // 2, count_include_pad=False)

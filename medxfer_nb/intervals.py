@@ -114,7 +114,9 @@ def _binary(y, p, groups):
 
 def _freedom(parts, y, groups):
     "Degrees of freedom of the sum of the parts (Satterthwaite 1946)."
-    return float(parts.sum() ** 2 / sum(part**2 / (count - 1) for part, count in zip(parts, _by_class(y, groups))))
+    counts = _by_class(y, groups)
+    found = parts.sum() ** 2 / sum(part**2 / (count - 1) for part, count in zip(parts, counts))
+    return float(max(found, min(counts) - 1))       # patients with both classes can make the sum small: never below the smaller class
 
 
 def delong(
@@ -211,5 +213,6 @@ def recommended(
     "The metric with the interval that came nearest to its promise in the simulations: Wilson, DeLong, or the logit bootstrap."
     y, p, groups = checked(y, p, groups)
     if metric == auroc and p.shape[1] == 2: return delong(y, p, groups, level)
-    if metric == accuracy and len(np.unique(groups)) == len(y): return proportion(int((p.argmax(1) == y).sum()), len(y), level, "wilson")
-    return score(metric, y, p, groups, level=level)
+    if metric != accuracy or len(np.unique(groups)) < len(y): return score(metric, y, p, groups, level=level)
+    hits = int((p.argmax(1) == y).sum())
+    return proportion(hits, len(y), level, "exact" if hits in (0, len(y)) else "wilson")

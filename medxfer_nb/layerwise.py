@@ -57,14 +57,14 @@ class Supervised(nn.Module):
         self.net, self.heads, self.outputs = net, nn.ModuleDict(), {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for name, z in self.tap(torch.zeros(1, 3, 64, 64, device=net.head.weight.device)).items():
+            for name, z in self.tap(net.batch(np.zeros((1, 8, 8), np.uint8))).items():
                 self.heads[name] = AuxiliaryHead(z.shape[1], net.head.out_features, z.ndim == 2, dropout)
         self.heads.to(net.head.weight.device)
 
     def tap(self, x):
         "Name -> output of each layer."
         seen = {}
-        def keep(name): return lambda module, args, z: seen.update({name: z})
+        def keep(name): return lambda module, args, z: seen.update({name: z.clone()})  # the next layer may work in place
         hooks = [module.register_forward_hook(keep(name)) for name, module in layers(self.net).items()]
         try: self.net(x)
         finally:

@@ -25,7 +25,8 @@ def one_cycle(
     steps: int,  # of the whole training
 ):  # a schedule that is stepped after each batch
     "Up for 30 % of the steps, then down to almost nothing (Smith and Topin 2019)."
-    return torch.optim.lr_scheduler.OneCycleLR(optimiser, [g["lr"] for g in optimiser.param_groups], max(steps, 2), pct_start=0.3)
+    return torch.optim.lr_scheduler.OneCycleLR(optimiser, [g["lr"] for g in optimiser.param_groups], max(steps, 2), pct_start=0.3,
+                                               cycle_momentum="betas" in optimiser.defaults)
 
 # %% ../nbs/11_loop.ipynb #0e1d4ca3
 @dataclass(repr=False)
@@ -66,8 +67,10 @@ def _diagnosis(loop):
     "What is known about a loss that is no finite number."
     batch, names = loop.at // loop.batch_size + 1, ", ".join(str(loop.names[i]) for i in loop.rows[:6].tolist())
     sick, rate = _sick(loop.net), max(g["lr"] for g in loop.optimiser.param_groups)
+    largest = max(p.abs().max().item() for p in loop.net.parameters())
     cause = f"the weights are no longer finite (first {sick[0]}): a lower lr helps most often, it is {rate:.1e} here" if sick else \
-        f"the weights are finite: look for wrong labels or pictures in this batch, or lower lr, which is {rate:.1e} here"
+        (f"the weights are finite (the largest is {largest:.1e}): look for wrong labels or pictures in this batch, "
+         f"or lower lr, which is {rate:.1e} here")
     more = ", ..." if len(loop.rows) > 6 else ""
     return f"the loss is {loop.loss.item()} in epoch {loop.epoch + 1}, batch {batch} (pictures {names}{more}); {cause}"
 

@@ -130,9 +130,9 @@ class MultiTaskNet(Network):
     def _probe(self):
         "The first stage whose map is at most half as wide as the picture, and the channels from there on."
         training = self.training
-        maps = self.eval().maps(torch.zeros(1, 3, 64, 64, device=self.head.weight.device))
+        maps = self.eval().maps(x := self.batch(np.zeros((1, 8, 8), np.uint8)))
         self.train(training)
-        fine = next((i for i, m in enumerate(maps) if m.shape[-1] <= 32), 0)
+        fine = next((i for i, m in enumerate(maps) if m.shape[-1] <= x.shape[-1] // 2), 0)
         return fine, [m.shape[1] for m in maps[fine:]]
 
     @property
@@ -225,7 +225,7 @@ def _agree(ds, tasks):
     drawn = ds.masks is not None and (ds.masks == 1).any((1, 2))
     for task in tasks.values():
         if _kind(task) != "class" or task.classes[0] not in _NOTHING: continue
-        y, sized = ds.target(task.name), [t.name for t in tasks.values() if _kind(t) == "size"]
+        y, sized = ds.target(task.name), [t.name for t in tasks.values() if _kind(t) == "size" and t.unit == "mm"]
         sizes = np.any([~np.isnan(ds.target(name)) for name in sized], axis=0) if sized else False
         wrong = {"an outline is drawn": (y == 0) & drawn, "a size is given": (y == 0) & sizes, "the mask is empty": (y > 0) & empty}
         for words, pictures in wrong.items():

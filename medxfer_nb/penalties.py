@@ -92,7 +92,7 @@ class _Beside(Penalty):
 
     def ask(self, loop):
         "The last map of N(A) for `loop.x`, which is a batch of pictures, or of activations if the frozen stages were computed once."
-        k = 0 if loop.config["augmented"] else frozen_stages(loop.net)
+        k = frozen_stages(loop.net) if loop.config.get("views") or not loop.config["augmented"] else 0
         with torch.no_grad(): return self.source.eval().stages[k:](loop.x)
 
 

@@ -105,7 +105,7 @@ def graft(
     return new
 
 # %% ../nbs/26_reuse.ipynb #f4dfebeb
-@torch.inference_mode()
+@torch.no_grad()
 def reset_from(
     net: Network,  # left as it is
     stage: str,  # this stage and all later ones get fresh random weights

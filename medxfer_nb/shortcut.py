@@ -75,6 +75,8 @@ def audit(
     need(without.shape == marked.shape, f"the pictures have shapes {without.shape} and {marked.shape}; give the same pictures twice")
     differ = (without != marked).reshape(*without.shape[:3], -1).any(3)
     need(differ.any((1, 2)).all(), f"picture {np.argmin(differ.any((1, 2)))} is the same in both sets; leave it out")
+    patients = len(without) if groups is None else len(np.unique(groups))
+    need(patients > 1, "all pictures are of one patient, which gives no interval; take pictures of several")
     maps, before = explain(net, marked, target, layer=layer), probabilities(net, without)
     share = energy_inside(maps.evidence(without.shape[1:3]), box := _boxes(differ))
     change = mean_score(maps.p[:, target], groups, minus=before[:, target])

@@ -115,9 +115,9 @@ def _inside(metric, values):
     return np.clip(values, -reach, reach)
 
 
-def _of_two(metric, runs):
+def _of_two(metric, runs, patients):
     "The same for the mean difference of two."
-    return interval(_inside(metric, two_level(runs[1:], runs[0], np.random.default_rng(0))))
+    return (None, None, "one patient") if patients < 2 else interval(_inside(metric, two_level(runs[1:], runs[0], np.random.default_rng(0))))
 
 
 def _scored(study, name, a, b=None):
@@ -127,8 +127,8 @@ def _scored(study, name, a, b=None):
     runs, metric = resampled(study, a, seeds, name) - (resampled(study, b, seeds, name) if b else 0), _metrics(study)[name]
     method = f"95% interval: bootstrap over {patients} patients, t over {len(seeds)} seeds"
     if np.isnan(runs[0]).any(): return Score(None, None, None, n, method, f"only class {study.y[0]} is in the test set")
-    if np.ptp(runs) == 0 and not b: return score(metric, study.y, study.predictions[a, seeds[0]], study.groups, study.n_boot)
-    low, high, why = _of_two(metric, runs) if b else _of_one(metric, runs, patients)
+    if np.nanmax(runs) == np.nanmin(runs) and not b: return score(metric, study.y, study.predictions[a, seeds[0]], study.groups, study.n_boot)
+    low, high, why = (_of_two if b else _of_one)(metric, runs, patients)
     return Score(float(runs[0].mean()), low, high, n, method, why or ("one seed: the luck of training is not in it" if len(seeds) == 1 else ""))
 
 # %% ../nbs/35_study.ipynb #72ad7c9f
@@ -213,6 +213,7 @@ def verdicts(
     pairs = {a: b for a, b in pairs.items() if b and study.done(a, b)}
     if not pairs: raise MedxferError(f"no arm has finished runs to compare with {against!r}; run the study to its end first")
     seeds = study.done(*pairs, *set(pairs.values()))
+    if len(np.unique(study.groups)) < 2: raise MedxferError("all test images are of one patient, who proves nothing about others; test on several")
     if len(seeds) < 2: raise MedxferError(f"verdicts over many arms need two seeds that all of them have finished; here are {len(seeds)}")
     runs = np.stack([study.resampled(a, seeds) - study.resampled(b, seeds) for a, b in pairs.items()], axis=2)
     low, high, q = _together(runs, np.random.default_rng(0), study.metric)
@@ -248,7 +249,7 @@ def save(
     "Write the study's predictions and facts, whole or not at all; failed runs are not kept."
     keys, arms = sorted(study.predictions), {name: asdict(arm) for name, arm in study.arms.items()}
     facts = dict(title=study.title, metric=study.metric.name, seeds=study.seeds, n_boot=study.n_boot, arms=arms, keys=keys)
-    facts["seconds"], facts["flops"] = [study.seconds[k] for k in keys], [study.flops.get(k) for k in keys]
+    facts["seconds"], facts["flops"] = [study.seconds.get(k, float("nan")) for k in keys], [study.flops.get(k) for k in keys]
     arrays = _arrays(study, keys, 0) | (_arrays(study.valid, keys, 1) if study.valid else {})
     with clear_write_errors(path): Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part, open(part, "wb") as f: np.savez_compressed(f, facts=json.dumps(facts), **arrays)

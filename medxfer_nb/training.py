@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from .surgery import Network
-from .core import MedxferError, device
+from .core import MedxferError, device, need
 from .features import features
 from .imageset import ImageSet
 from .loop import Callback, Loop, Run
@@ -138,14 +138,16 @@ def fit(
 ) -> Run:
     "Train a classifier on the main task of `train`."
     (known, y), loss_of = _labelled(train), loss or loss_function(train.task.kind)
+    n, own = len(train.task.classes), net.head.out_features
+    need(n == own, f"{train.info.name} has {n} classes, the head has {own} outputs: use net.reset_classifier({n}) first")
     if views and not augmented: raise MedxferError(f"views={views}: an unaugmented training has one view of each picture; leave views away")
     k, start = frozen_stages(net) if views or not augmented else 0, time.perf_counter()
-    feed = _feeder(net, known.images, k, _views(augmented, train.info.flip), views, options.get("seed", 0))
+    rest, feed = net.stages[k:], _feeder(net, known.images, k, _views(augmented, train.info.flip), views, options.get("seed", 0))
 
     def classify(loop, rows):
         loop.x, loop.y = feed(rows, loop.generator).contiguous(memory_format=net.layout), y[rows]
         loop.call("before_batch")
-        loop.features = net.neck(net.stages[k:](loop.x))
+        loop.features = net.neck(rest(loop.x))
         loop.logits = net.head(loop.features)
         return loss_of(loop.logits, loop.y)
 

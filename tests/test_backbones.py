@@ -151,6 +151,14 @@ def test_weights_travel_through_a_local_file(tmp_path):
     assert net.spec.weights.file == file.name and net.spec.weights.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+def test_weights_from_before_batchnorm_counted_its_batches(tmp_path, name):
+    source = _library_model(name)
+    torch.save({k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}, tmp_path / "old.pth")
+    net = create_model(name, weights=tmp_path / "old.pth", size=64)
+    assert torch.equal(net.head.weight, source.fc.weight) and net.spec.weights.file == "old.pth"
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save(_library_model("mobilenet_v3_small").state_dict(), tmp_path / "other.pth")
     with pytest.raises(MedxferError, match="another architecture"): create_model("mobilenet_v2", weights=tmp_path / "other.pth")

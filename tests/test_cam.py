@@ -168,5 +168,8 @@ def test_wrong_input(x, words):
 def test_maps_that_the_neck_cannot_read_and_classes_that_are_not_there():
     with pytest.raises(MedxferError, match="not what the last stage gives"): cam(tiny_net("efficientnet"), torch.zeros(2, 5, 7, 7))
     net = tiny_net()
-    for target in (3, -1, [0, 1, 2, 3], 0.5):
-        with pytest.raises(MedxferError, match="classes 0 to 2"): as_maps(cam(net, batch()), net, target)
+    evidence = cam(net, batch(4))
+    for target in (3, -1, [0, 1, 2, 3]):
+        with pytest.raises(MedxferError, match="classes 0 to 2"): as_maps(evidence, net, target)
+    for target in (0.5, [0, 1], "one"):
+        with pytest.raises(MedxferError, match="give one class number, or 4, one a picture"): as_maps(evidence, net, target)

@@ -13,6 +13,7 @@ from medxfer_nb.backbones import create_model
 from medxfer_nb.compare import _key, compare
 from medxfer_nb.core import MedxferError
 from medxfer_nb.imageset import ImageSet, Info, Task
+from medxfer_nb.measures import brier
 from medxfer_nb.study import Arm, load_study
 from medxfer_nb.transfer import STRATEGIES, Strategy, transfer
 
@@ -96,9 +97,9 @@ def test_other_pixels_or_labels_or_splits_are_other_runs(ds, pixels, tmp_path):
     brighter = ds.images.copy()
     brighter[0, 0, 0] ^= 1
     moved = ds.table.assign(split=ds.table["split"].replace({"val": "train"}))
-    others = ds, replace(ds, images=brighter), replace(ds, table=moved), ds.shuffled(0)
+    others = ds, replace(ds, images=brighter), replace(ds, table=moved), ds.shuffled(0), replace(ds, info=replace(ds.info, flip=not ds.info.flip))
     for other in others: compare(other, PAIR[:1], budgets=30, seeds=1, folder=tmp_path)
-    assert len(pixels.given) == len(list(tmp_path.iterdir())) == 4
+    assert len(pixels.given) == len(list(tmp_path.iterdir())) == 5
 
 
 def test_another_setting_is_another_run(ds, pixels, tmp_path):
@@ -142,6 +143,10 @@ def test_labels_needed_looks_up_the_curve(ds, pixels):
     assert np.isclose(needed.value, 10 * 2 ** ((goal - low) / (high - low)))
     assert study.labels_needed("scratch", "fully_connected").value == np.inf
     with pytest.raises(MedxferError, match="one budget"): compare(ds, PAIR, 20, 2).labels_needed("fully_connected", "scratch")
+    upside_down = replace(study, metric=brier)                      # less is better, and the order of the budgets is the same
+    assert 10 < upside_down.labels_needed("fully_connected", "scratch").value < 20
+    for s in range(3): del study.predictions["scratch, n=40", s]
+    with pytest.raises(MedxferError, match="run the study to its end"): study.labels_needed("fully_connected", "scratch")
 
 
 def test_several_backbones_must_be_named_for_labels_needed(ds, pixels):

@@ -347,6 +347,7 @@ def test_errors_of_heads_and_ensembles():
     with pytest.raises(MedxferError, match="has no classes"): explain(net, images, 1, task="mask")
     with pytest.raises(MedxferError, match="unknown task 'kid'; did you mean 'kind'"): explain(net, images, task="kid")
     nets = [tiny_net(0), tiny_net(1)]
+    with pytest.raises(MedxferError, match="leave task out"): explain(Ensemble([Member(n) for n in nets]), images, task="mask")
     with pytest.raises(MedxferError, match="uint8 pictures"): explain(Ensemble([Member(n) for n in nets]), batch())
     with pytest.raises(MedxferError, match="member 1 of the ensemble has no `net`"): explain(Ensemble([Member(nets[0]), Member(None)]), images)
     p = np.stack([net(net.batch(pictures(30))).softmax(1).detach() for net in nets])
@@ -374,6 +375,14 @@ def test_a_blank_map_says_why():
     assert set(twins.why) == {"no evidence for class 1"}
     net.stages.stage1[2] = nn.Threshold(1e9, 0)
     assert set(explain(net, batch(), 1).why) == {"the layer is silent for this picture"}
+
+
+def test_a_blank_map_of_a_size_or_a_region_names_no_class():
+    net = MultiTaskNet(tiny_net(), TASKS | {"mm": Task("mm", "regression", unit="mm")}, width=8).eval()
+    for head in net.heads.values():
+        for p in head.parameters(): nn.init.zeros_(p)
+    assert set(explain(net, pictures(), task="mm").why) == {"no gradient: the score of what is asked does not depend on this layer"}
+    assert set(explain(net, pictures(), task="mask").why) == {"the network draws nothing here"}
 
 
 def test_heat_has_one_scale_and_a_blank_map_stays_blank():

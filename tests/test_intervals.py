@@ -1,4 +1,5 @@
 """intervals against SciPy, statsmodels, brute force over pairs and two other packages, and under simulation with a known truth."""
+import re
 import warnings
 
 import numpy as np
@@ -309,6 +310,8 @@ def test_recommended_takes_the_interval_that_the_lesson_names():
     assert recommended(accuracy, y, p, groups) == score(accuracy, y, p, groups)
     assert recommended(balanced_accuracy, y, p) == score(balanced_accuracy, y, p)
     alone, hits = recommended(accuracy, y, p), int(((p > 0.5) == y).sum())
+    flawless = recommended(accuracy, y, y.astype(float))
+    assert (flawless.low, flawless.high) == binomtest(60, 60).proportion_ci(method="exact")
     assert np.isclose(alone.value, accuracy(y, p)) and (alone.low, alone.high) == binomtest(hits, 60).proportion_ci(method="wilson")
 
 
@@ -317,6 +320,14 @@ def test_delong_holds_the_truth_in_95_of_100(n, true, each):
     rng = np.random.default_rng(n)
     held = [s.low <= true <= s.high for s in (delong(*draw(rng, n, true, each=each)) for _ in range(1000))]
     assert 0.93 <= np.mean(held) <= 0.97
+
+
+def test_freedom_is_never_below_the_smaller_class_where_patients_have_both():
+    for seed in range(30):
+        y, p, groups = draw(np.random.default_rng(seed), 12, 0.8, prevalence=0.5, each=4, mixed=True)
+        df = int(re.search(r"t with (\d+) degrees", delong(y, p, groups).method)[1])
+        smaller = min(len(np.unique(groups[y == k])) for k in (0, 1))
+        assert df >= smaller - 1
 
 
 @pytest.mark.parametrize("metric", [auroc, balanced_accuracy])

@@ -109,6 +109,17 @@ def test_one_cycle_ends_near_zero_and_each_group_keeps_its_share():
     assert max(rates)[0] == pytest.approx(0.1) and rates[-1][0] < 1e-5
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9), torch.optim.Adagrad])
+def test_one_cycle_leaves_momentum_to_the_reader(make):
+    optimiser = make([nn.Parameter(torch.zeros(1))], lr=0.1)
+    before = optimiser.defaults.get("momentum")
+    plan, seen = one_cycle(optimiser, 10), set()
+    for _ in range(10):
+        seen.add(optimiser.param_groups[0].get("momentum"))
+        optimiser.step(); plan.step()
+    assert seen == {before}
+
+
 # --- kills ---
 
 

@@ -355,6 +355,8 @@ def test_labels_that_contradict_are_named():
     unseen = replace(said_none, masks=None)
     with pytest.raises(MedxferError, match="picture 1 is 'healthy' in 'sick', but a size is given"): fit_multitask(sized, unseen, 1)
     fit_multitask(with_heads("mask"), replace(ds, table=ds.table.assign(sick=-1)), 1)          # unknown contradicts nothing
+    aged = replace(unseen, tasks=unseen.tasks | dict(mm=replace(TASKS["mm"], unit="years")))   # an age says nothing about a lesion
+    fit_multitask(MultiTaskNet(tiny_net(), {name: aged.tasks[name] for name in ("sick", "mm")}), aged, 1)
     fit_multitask(with_heads("sick", "mask"), no_size, 1)
 
 

@@ -117,6 +117,15 @@ def test_delta_asks_the_source_about_cached_activations_too():
     assert first.seen == [0]
 
 
+@pytest.mark.parametrize("make", [lambda *a: DELTA(*a, beta=0), lambda *a: LwF(*a)], ids=["delta", "lwf"])
+def test_the_source_goes_on_from_kept_views(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
+    net_a, ds = source(), random_set()
+    net = freeze(target(net_a), "stage1")
+    net.bn_eval = True
+    assert np.isfinite(fit(net, ds, 1, 1e-3, views=2, callbacks=[make(net, net_a, ds)]).history["loss"]).all()
+
+
 def test_attention_follows_the_rise_of_the_loss():
     net, ds = target(source()), random_set()
     features, y = net.embed(net.batch(ds.images)).detach(), torch.tensor(ds.target())

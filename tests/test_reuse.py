@@ -141,6 +141,12 @@ def test_reset_from_keeps_what_is_before_and_forgets_the_rest(k):
     assert same(tensors(new), tensors(reset_from(net, k, pictures(), seed=5)))
 
 
+def test_what_was_reset_can_be_trained():
+    new = reset_from(small(), "stage3", pictures())
+    new.train()(new.batch(pictures())).sum().backward()
+    assert all(p.grad is not None for p in new.parameters())
+
+
 def test_reset_batchnorm_knows_what_arrives():
     "The averages of the first fresh BatchNorm are those of the pictures it was shown."
     x = pictures(40)

@@ -129,6 +129,8 @@ def test_pictures_that_do_not_pair():
     net, x = reader(*CORNER, 20), pictures()
     with pytest.raises(MedxferError, match="same pictures twice"): audit(net, x, planted(x)[:5])
     with pytest.raises(MedxferError, match="picture 3 is the same in both"): audit(net, x, planted(x, np.arange(20) != 3))
+    with pytest.raises(MedxferError, match="of one patient"): audit(net, x, planted(x), np.zeros(20))
+    with pytest.raises(MedxferError, match="of one patient"): audit(net, x[:1], planted(x[:1]))
 
 
 def test_the_committed_bench_keeps_the_promise():

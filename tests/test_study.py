@@ -90,6 +90,31 @@ def test_one_class_in_the_test_set_is_not_estimable():
     assert v.word == "no evidence" and v.effect.value is None and "only class 1" in str(v) and "not estimable" in repr(study)
 
 
+def test_one_test_patient_proves_nothing():
+    study = simulated(np.random.default_rng(0), gain=3.0)
+    study.groups = np.zeros(len(study.y), int)
+    v = study.verdict("a", "b")
+    assert v.word == "no evidence" and v.effect.low is None and v.effect.why == "one patient"
+    with pytest.raises(MedxferError, match="one patient"): study.verdicts("b")
+
+
+def test_a_flawless_arm_keeps_its_exact_bound_where_resamples_lack_a_class():
+    study = simulated(np.random.default_rng(0), patients=20, each=1)
+    study.y = (np.arange(len(study.y)) < 3).astype(int)
+    for key in study.predictions: study.predictions[key] = study.y.astype(float)
+    study._cache.clear()
+    assert np.isnan(study.resampled("a", [0])).any()
+    s, alone = study.summary()["AUROC"]["a"], score(auroc, study.y, study.y.astype(float), study.groups, study.n_boot)
+    assert (s.value, s.low) == (1, alone.low) and s.low is not None
+
+
+def test_a_study_without_seconds_is_saved(tmp_path):
+    study = simulated(np.random.default_rng(0))
+    study.seconds.clear()
+    study.save(tmp_path / "s.npz")
+    assert np.isnan(load_study(tmp_path / "s.npz").runs()["seconds"]).all()
+
+
 def test_scores_stay_in_range():
     study = simulated(np.random.default_rng(8), gain=4.0, seeds=2)
     for s in study.summary()["AUROC"]: assert 0 <= s.low <= s.high <= 1

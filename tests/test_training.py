@@ -88,6 +88,9 @@ def test_what_cannot_be_trained_is_refused():
     with pytest.raises(MedxferError, match="two classes"): fit(small(), one_class, 1)
     with pytest.raises(MedxferError, match="frozen"): fit(small().requires_grad_(False), bright_or_dark(), 1)
     with pytest.raises(MedxferError, match="multitask"): loss_function("regression")
+    for classes in (1, 3, 1000):
+        wrong = small().reset_classifier(classes)
+        with pytest.raises(MedxferError, match=f"has 2 classes, the head has {classes} outputs"): fit(wrong, bright_or_dark(), 1)
 
 
 def test_a_loss_that_is_no_number_names_the_pictures():

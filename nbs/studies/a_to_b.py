@@ -57,6 +57,7 @@ def study(name, runs, workers, seeds):
     data, strategies, options = arms(name, runs)
     file = HOME / f"{name}.npz"
     known = load_study(file) if file.exists() else None
+    seeds = max(seeds, known.seeds) if known else seeds  # what is there is never thrown away
     return compare(load(data), strategies, "all", seeds=seeds, folder=runs, workers=workers, known=known, **options)
 
 
@@ -64,7 +65,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder for finished runs")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs an arm (default: 3; best_on_breast beside this file has 6)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs an arm (default: 3, or as many as the file beside this script has)")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="studies to do (default: all)")
     args = parser.parse_args()
     for name in args.only:

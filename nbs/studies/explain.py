@@ -1,6 +1,6 @@
-"""Which map of the default network points at the lesion? Trains the networks that explain.ipynb reads; minutes a seed. Stop it and call it again.
+"""Which map of the default network points at the lesion? Trains the networks that explain.ipynb reads, ten minutes or so a seed.
 
-    python nbs/studies/explain.py --seeds 3
+    python nbs/studies/explain.py --seeds 3 --workers 2
 
 For each seed: the default transfer (fine-tuning, 100 pictures, 128 px, the ultrasound phantom); every map is scored on the validation patients, the
 best by the precision of pixels meets the test patients, beside Grad-CAM at its default layer and the chosen map of a network with random weights."""
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 
 from medxfer_nb.backbones import create_model
 from medxfer_nb.datasets import load
@@ -20,7 +21,6 @@ from medxfer_nb.training import predict_proba
 from medxfer_nb.transfer import transfer
 
 FILE = Path(__file__).with_suffix("") / "pointing.csv"
-CAMS, PIXELS = ("grad_cam", "grad_cam++", "xgrad_cam", "hires_cam", "layer_cam"), ("guided_backprop",)
 LAYERS, PLAIN = ("stage1", "stage2", "stage3", "stage4"), ("grad_cam", "stage4")
 
 
@@ -43,33 +43,35 @@ def rows(table, **facts):
             yield facts | dict(map=name, measure=measure, control=against.split(" - ")[1]) | numbers
 
 
-def one(ds, seed):
+def one(seed):
     "All rows of a seed."
+    torch.set_num_threads(1)
+    ds = load("phantom/ultrasound")
     net, train, valid = transfer(ds, n=100, seed=seed).net.eval(), lesions(ds, "train"), ds.split("val")
     quality = score(auroc, valid.target(), predict_proba(net, valid), valid.groups)
     facts = dict(seed=seed, auroc=quality.value, auroc_low=quality.low, auroc_high=quality.high)
     part = lesions(ds, "val")
-    ways = {f"{m}, {layer}": (m, layer) for m in CAMS for layer in LAYERS} | {m: (m, None) for m in PIXELS}
+    ways = {m if layer is None else f"{m}, {layer}": (m, layer) for m, way in METHODS.items() for layer in ([None] if way.pixels else LAYERS)}
     table = score_maps({k: evidence(net, part, *w) for k, w in ways.items()}, part.masks, controls(part.images, train.masks), part.groups)
     best = max(table.index, key=lambda k: table.loc[k, "precision"].value)
-    yield from rows(table, **facts, split="validation")
     untrained, part = create_model(pretrained=False, num_classes=2, size=net.spec.size, seed=seed), lesions(ds, "test")
     final = {best: evidence(net, part, *ways[best]), ", ".join(PLAIN): evidence(net, part, *PLAIN)}
     final[f"random weights: {best}"] = evidence(untrained, part, *ways[best])
-    yield from rows(score_maps(final, part.masks, controls(part.images, train.masks), part.groups), **facts, split="test")
+    judged = score_maps(final, part.masks, controls(part.images, train.masks), part.groups)
+    return [*rows(table, **facts, split="validation"), *rows(judged, **facts, split="test")]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="networks (default: 3)")
+    parser.add_argument("--workers", type=int, default=2, help="networks at a time (default: 2)")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     FILE.parent.mkdir(exist_ok=True)
     found = [pd.read_csv(FILE)] if FILE.exists() else []
-    done = {int(seed) for table in found for seed in table["seed"]}
-    for seed in sorted(set(range(args.seeds)) - done):
-        found.append(pd.DataFrame(one(load("phantom/ultrasound"), seed)))
-        pd.concat(found).round(4).to_csv(FILE, index=False)
+    missing = sorted(set(range(args.seeds)) - {int(seed) for table in found for seed in table["seed"]})
+    for rows_of_seed in Parallel(args.workers, return_as="generator_unordered")(delayed(one)(seed) for seed in missing):
+        found.append(pd.DataFrame(rows_of_seed))
+        pd.concat(found).sort_values("seed", kind="stable").round(4).to_csv(FILE, index=False)
 
 
 if __name__ == "__main__": main()

@@ -1,11 +1,13 @@
 """One network for six questions, or one for each? Trains every run that multitask.ipynb reads; stop it and call it again whenever you like.
 
     python nbs/studies/multitask.py --runs reports/multitask --workers 2
+    python nbs/studies/multitask.py --runs reports/multitask --workers 2 --only all_labels budgets   # without pairs of tasks and other balances
 
 Finished runs are kept in --runs; the results are written beside this file, in the folder multitask, and what they hold already is not trained
 again: move them away to repeat everything."""
 import argparse
 import itertools
+import time
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 from medxfer_nb.balancing import GradNorm, PCGrad, Uncertainty
 from medxfer_nb.core import atomic_write, progress
 from medxfer_nb.datasets import load
+from medxfer_nb.explain import explain
 from medxfer_nb.multitask import Fixed, asking, predict, transfer_tasks
 from medxfer_nb.surfaces import boundary_f1, dice, hausdorff95, iou, measure
 from medxfer_nb.transfer import Phase, Strategy
@@ -25,7 +28,8 @@ HOME = Path(__file__).with_suffix("")
 TASKS = "finding", "shape", "echo_grade", "diameter_mm", "mask", "boundary"
 EPOCHS = {50: 20, 150: 10}  # of a budget; with 8 pictures a batch 140 and 190 steps
 LIGHT = partial(Fixed, diameter_mm=0.1)  # the size's loss is by far the longest gradient in the pyramid: lesson balancing
-FULL = dict(full=(25, Fixed), full_light=(30, LIGHT))  # epochs and balance of the runs with all labels at 128 px
+FULL = "all_labels"  # the run with all labels, at 128 px
+CUTS = np.linspace(0.1, 0.9, 9)  # probabilities above which the region may be drawn
 BALANCES = dict(sum=Fixed, kendall=Uncertainty, gradnorm=GradNorm, pcgrad=PCGrad)
 COLUMNS = (*(f"finding_{k}" for k in range(3)), *(f"shape_{k}" for k in range(3)), *(f"echo_grade_{k}" for k in range(4)),
            "size_mm", "size_sd", "dice", "iou", "boundary_f1", "hausdorff95", "outline_mm", "eccentricity", "solidity", "drawn", "edge_mm")
@@ -41,12 +45,23 @@ def data(): return asking(load("phantom/ultrasound"), "boundary")
 
 
 def arms():
-    "Every run in the order of its importance: (name, tasks, budget, seed)."
-    sets = [TASKS, *((name,) for name in TASKS)]
-    pairs = [*sets, *itertools.combinations(TASKS, 2)]
-    few = [("+".join(t), t, 50, s) for s in range(3) for t in sets]
-    more = [run for s in range(3) for run in [*(("+".join(t), t, 150, s) for t in pairs), *((name, TASKS, 150, s) for name in BALANCES)]]
-    return [*((name, TASKS, None, 0) for name in FULL), *few, *more]
+    "Part of the study -> its runs: (name, tasks, budget, seed)."
+    sets, seeds = [TASKS, *((name,) for name in TASKS)], range(3)
+    return {FULL: [(FULL, TASKS, None, 0)],
+            "budgets": [("+".join(t), t, n, s) for n, s, t in itertools.product(EPOCHS, seeds, sets)],
+            "pairs": [("+".join(t), t, 150, s) for s, t in itertools.product(seeds, itertools.combinations(TASKS, 2))],
+            "balances": [(name, TASKS, 150, s) for s, name in itertools.product(seeds, BALANCES)]}
+
+
+def sharpest(p, masks):
+    "The cut with the best mean Dice; in a picture without a lesion, drawing nothing counts 1 and anything else 0."
+    def quality(cut): return np.where((masks == 1).any((1, 2)), dice(halved(p, cut), masks), ~(p > cut).any((1, 2))).mean()
+    return max(CUTS, key=quality)
+
+
+def halved(p, cut):
+    "The probabilities with their log odds moved, so that `cut` lies at one half."
+    return p * (1 - cut) / (p * (1 - cut) + (1 - p) * cut)
 
 
 def table(ds, answers):
@@ -70,29 +85,12 @@ def edge_error(far, masks):
     return np.array([np.abs(f[e]).mean() if e.any() else np.nan for f, e in zip(far, edge)])
 
 
-def heat(net, x):
-    "Name -> (B, 128, 128): which places of the last map each answer depends on (Grad-CAM: Selvaraju et al. 2017), as a share of the largest."
-    maps = [m.detach() for m in net.maps(x)]
-    last = maps[-1].requires_grad_()
-    best = lambda z: z.max(1).values  # noqa: E731
-    sought = dict(finding=best, shape=best, echo_grade=best, diameter_mm=lambda z: z[:, 0],
-                  mask=lambda z: z.flatten(1).max(1).values, boundary=lambda z: -z.flatten(1).min(1).values)
-    found = {}
-    for name, out in net.outputs(x, [*maps[:-1], last]).items():
-        (slope,) = torch.autograd.grad(sought[name](out).sum(), last, retain_graph=True)
-        cam = F.relu((slope.mean((2, 3), keepdim=True) * last).sum(1, keepdim=True)).detach()
-        cam = F.interpolate(cam, (128, 128), mode="bilinear")[:, 0]
-        found[name] = (cam / cam.amax((1, 2), keepdim=True).clip(1e-9)).numpy().astype(np.float16)
-    return found
-
-
-def examples(net, test):
-    "Six lesions of the test patients, from the smallest to the largest: what the network draws, and where it looks."
+def examples(net, test, answers):
+    "Six lesions of the test patients, from the smallest to the largest: what the network draws, and where it looks (Grad-CAM, last stage)."
     sick = np.flatnonzero(test.target("lesion") == 1)
     rows = sick[np.argsort(test.target("diameter_mm")[sick], kind="stable")[np.linspace(10, len(sick) - 11, 6).astype(int)]]
-    some = test.take(rows)
-    p = predict(net, some)
-    return dict(rows=rows, mask=p["mask"].astype(np.float16)) | {f"heat_{name}": h for name, h in heat(net, net.batch(some.images)).items()}
+    heat = {f"heat_{t}": explain(net, test.images[rows], task=t).heat(test.images.shape[1:]).astype(np.float16) for t in TASKS}
+    return dict(rows=rows, mask=answers["mask"][rows].astype(np.float16)) | heat
 
 
 def keep(path, **arrays):
@@ -104,17 +102,23 @@ def train(name, tasks, n, seed, file):
     "One run, unless it lies there already."
     if file.exists(): return
     torch.set_num_threads(1)
-    ds = data()
-    epochs, balance = FULL.get(name) or (EPOCHS[n], BALANCES.get(name) or (LIGHT if "+" in name and "diameter_mm" in tasks else Fixed))
-    strategy, options = (one_rate(epochs), dict(size=128)) if name in FULL else (two_rates(epochs), dict(size=64, batch_size=8))
+    ds, balance = data(), BALANCES.get(name) or (LIGHT if len(tasks) > 1 and "diameter_mm" in tasks else Fixed)
+    strategy, options = (one_rate(30), dict(size=128)) if name == FULL else (two_rates(EPOCHS[n]), dict(size=64, batch_size=8))
     run = transfer_tasks(ds, tasks, strategy, n=n, seed=seed, checkpoint=file.with_suffix(".ckpt"), balance=balance(), **options)
     parts = {split: ds.split(split) for split in ("val", "test")}
-    found = {split: table(part, predict(run.net, part)) for split, part in parts.items()} | dict(seconds=run.seconds)
-    if name in FULL:
-        found |= {f"loss_{k}": v.to_numpy() for k, v in run.history.items()}
-        found |= {f"example_{k}": v for k, v in examples(run.net, parts["test"]).items()}
-    keep(file, **found)
+    answers = {split: predict(run.net, part) for split, part in parts.items()}
+    more = judged(run, parts, answers) if name == FULL else {}
+    keep(file, **{split: table(part, answers[split]) for split, part in parts.items()}, seconds=run.seconds, **more)
     for old in file.parent.glob(f"{file.stem}.ckpt*"): old.unlink()
+
+
+def judged(run, parts, answers):
+    "What is kept of the run with all labels besides: the same tables at the cut that validation patients choose, losses and examples."
+    cut = sharpest(answers["val"]["mask"], parts["val"].masks)
+    for a in answers.values(): a["mask"] = halved(a["mask"], cut)
+    tables = {f"{split}_cut": table(part, answers[split]) for split, part in parts.items()}
+    losses = {f"loss_{k}": v.to_numpy() for k, v in run.history.items()}
+    return tables | losses | dict(cut=cut) | {f"example_{k}": v for k, v in examples(run.net, parts["test"], answers["test"]).items()}
 
 
 def kept():
@@ -126,35 +130,36 @@ def kept():
 
 
 def collect(jobs, grid):
-    "All finished runs of the grid in one small file, and each with all labels in one."
-    new = {f"{name}|{n}|{seed}": np.load(file) for name, _, n, seed, file in jobs if file.exists() and name not in FULL}
-    grid = grid | new
-    found = {part: np.stack([run[part] for run in grid.values()]) for part in ("val", "test", "seconds")}
-    keep(HOME / "grid.npz", runs=np.array(list(grid)), columns=np.array(COLUMNS), **found)
-    for name, *_, file in jobs:
-        if name in FULL and file.exists(): keep(HOME / f"{name}.npz", columns=np.array(COLUMNS), **np.load(file))
+    "All finished runs of the grid in one small file, and the one with all labels in another."
+    done = {name if name == FULL else f"{name}|{n}|{seed}": file for name, _, n, seed, file in jobs if file.exists()}
+    if FULL in done: keep(HOME / f"{FULL}.npz", columns=np.array(COLUMNS), **np.load(done.pop(FULL)))
+    if grid := grid | {run: np.load(file) for run, file in done.items()}:
+        found = {part: np.stack([run[part] for run in grid.values()]) for part in ("val", "test", "seconds")}
+        keep(HOME / "grid.npz", runs=np.array(list(grid)), columns=np.array(COLUMNS), **found)
 
 
-def missing(runs, grid):
+def missing(runs, parts, grid):
     "The runs that the files beside this script do not hold, each with its file in the folder of runs."
-    jobs = [(name, tasks, n, seed, runs / f"{name.replace('+', '-')}_{n}_{seed}.npz") for name, tasks, n, seed in arms()]
-    jobs = {job[-1]: job for job in jobs}.values()
-    return [job for job in jobs if f"{job[0]}|{job[2]}|{job[3]}" not in grid and not (job[0] in FULL and (HOME / f"{job[0]}.npz").exists())]
+    jobs = [(name, *rest, seed, runs / f"{name.replace('+', '-')}_{rest[-1]}_{seed}.npz") for part in parts for name, *rest, seed in arms()[part]]
+    kept = [FULL] * (HOME / f"{FULL}.npz").exists()
+    return [job for job in jobs if job[0] not in kept and f"{job[0]}|{job[2]}|{job[3]}" not in grid]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder for finished runs")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--only", nargs="+", choices=list(arms()), default=list(arms()), help="parts of the study (default: all)")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     HOME.mkdir(exist_ok=True)
-    jobs = missing(args.runs, grid := kept())
+    start, jobs = time.perf_counter(), missing(args.runs, args.only, grid := kept())
     done = Parallel(n_jobs=args.workers, batch_size=1, pre_dispatch="all", return_as="generator_unordered")(delayed(train)(*job) for job in jobs)
     try:
         for _ in progress(done, "runs", len(jobs)): pass
     except KeyboardInterrupt: print("stopped; what is finished is kept")
     collect(jobs, grid)
+    print(f"{len(jobs)} runs were missing; {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__": main()
