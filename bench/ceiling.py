@@ -3,8 +3,11 @@ import time
 
 import torch
 from common import BATCH, answer
-from ours import network
+from ours import WORKLOADS, network
 from torch.utils.flop_counter import FlopCounterMode
+
+from medxfer_nb.training import frozen_stages
+from medxfer_nb.transfer import freeze
 
 
 def least(work, seconds=2.0):
@@ -31,13 +34,16 @@ def copy_rate(n=2**26):
 
 @torch.no_grad()
 def step(name, size):
-    "GFLOP of one training step in which all weights train, and GB in and out of every layer: thrice those of the forward pass."
+    "GFLOP of a training step of all weights, and GB in and out of every layer: thrice those forward; and which share of it `partial` trains."
     net, traffic = network(name, size).train(), []
+    first = frozen_stages(freeze(net, WORKLOADS["partial"][0].frozen))
     def count(module, x, y): traffic.append(sum(t.numel() * t.element_size() for t in (*x, y)))
     for m in net.modules():
         if not next(m.children(), None): m.register_forward_hook(count)
-    with FlopCounterMode(display=False) as counter: net(torch.randn(BATCH, 3, size, size))
-    return dict(gflop=3 * counter.get_total_flops() / 1e9, gb=3 * sum(traffic) / 1e9)
+    with FlopCounterMode(display=False) as before: x = net.stages[:first](torch.randn(BATCH, 3, size, size))
+    with FlopCounterMode(display=False) as after: net.head(net.neck(net.stages[first:](x)))
+    total = before.get_total_flops() + after.get_total_flops()
+    return dict(gflop=3 * total / 1e9, gb=3 * sum(traffic) / 1e9, partial=after.get_total_flops() / total)
 
 
 def ceiling(job):

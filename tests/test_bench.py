@@ -1,5 +1,6 @@
 "bench: results that are committed say when and where they were measured, and keep what was asked for."
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,41 @@ def test_the_readme_names_every_program():
     readme = (BENCH / "README.md").read_text()
     helpers = {"common", "ours", "peers", "ceiling"}  # called by run.py
     assert [p.name for p in BENCH.glob("*.py") if p.stem not in helpers and f"bench/{p.name}" not in readme] == []
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    return import_module("report")
+
+
+@pytest.fixture
+def results(): return json.loads((BENCH / "results.json").read_text())
+
+
+def test_the_readme_shows_the_results(report, results):
+    assert report.tables(results) in (BENCH / "README.md").read_text()
+    assert results["date"] and results["machine"]["cpu"] and results["machine"]["cores"] and {"torch", "fastai"} <= set(results["versions"])
+    assert results["data"]["name"] == "breastmnist" and not results["study"]["failed"]
+
+
+def test_times_are_ratios_and_spread_the_one_time_cost(report):
+    epoch = dict(players=dict(ours=dict(min=2.0, once=10.0, phase=5), fastai=dict(min=8.0)))
+    assert report.times(epoch, "fastai") == 4 and report.times(epoch, "fastai", once=True) == 2
+
+
+def test_a_target_that_is_missed_is_said_to_be(report, results):
+    slow = json.loads(json.dumps(results))
+    slow["probes"]["seconds"], slow["study"]["wall"] = 6.0, 500.0
+    for epoch in slow["epochs"]: epoch["players"]["fastai"]["min"] = epoch["players"]["ours"]["min"]
+    assert {row["reached"] for row in report.targets(slow) if row["what"] != "full fine-tuning in it"} == {"no"}
+    for epoch in slow["epochs"]: epoch["players"]["fastai"]["min"] = 1000 * epoch["players"]["ours"]["min"]
+    slow["probes"]["seconds"], slow["study"]["wall"], slow["study"]["seconds"]["fine_tuning"] = 4.0, 400.0, 300.0
+    assert {row["reached"] for row in report.targets(slow)} == {"yes"}
+
+
+@pytest.mark.parametrize("share, most", [(1.0, 1.0), (0.5, 4 / 3), (0.01, 34.0)])
+def test_what_skipping_frozen_stages_can_give(report, share, most):
+    "A pass forward costs 1, of the trained share backward twice that share; what is left is three times the share."
+    ceiling = {"2": dict(steps=dict(net=dict(partial=share)))}
+    assert report.partial_bound(dict(ceiling=ceiling), dict(threads=2, network="net")) == pytest.approx(most)
