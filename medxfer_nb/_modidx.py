@@ -73,7 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'medxfer_nb.backbones._packaged': ('backbones.html#_packaged', 'medxfer_nb/backbones.py'),
                                       'medxfer_nb.backbones._read_weights': ('backbones.html#_read_weights', 'medxfer_nb/backbones.py'),
                                       'medxfer_nb.backbones._timm_file': ('backbones.html#_timm_file', 'medxfer_nb/backbones.py'),
-                                      'medxfer_nb.backbones._vectors': ('backbones.html#_vectors', 'medxfer_nb/backbones.py'),
+                                      'medxfer_nb.backbones.activations': ('backbones.html#activations', 'medxfer_nb/backbones.py'),
                                       'medxfer_nb.backbones.create_model': ('backbones.html#create_model', 'medxfer_nb/backbones.py'),
                                       'medxfer_nb.backbones.extract': ('backbones.html#extract', 'medxfer_nb/backbones.py'),
                                       'medxfer_nb.backbones.list_models': ('backbones.html#list_models', 'medxfer_nb/backbones.py')},

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from .backbones import activations
 from .core import MedxferError, cache_dir, cached, choose, need, progress
 from .imageset import ImageSet
 from .surgery import Network
@@ -93,16 +94,8 @@ def _write(folder, batches, lead, precision):
 
 # %% ../nbs/09_features.ipynb #53d19284
 def _activations(net, x, names, pooled):
-    "Name -> vectors or maps `(B, ...)` after that layer, for a batch; the pass stops after the last of the names."
-    if names == ["vectors"]: return {"vectors": net.embed(x).to("cpu", torch.float32)}
-    found = {}
-    for name, layer in (*net.stages.named_children(), *net.neck.named_children()):
-        if found.keys() == set(names): break
-        x = layer(x)
-        if name not in names: continue
-        kept = x if not pooled else x.mean((2, 3)) if name in net.stage_names else x.flatten(1)
-        found[name] = kept.to("cpu", torch.float32, copy=True)  # the next layer may work in place
-    return found
+    "Name -> vectors or maps `(B, ...)` after that layer, for a batch; 'vectors': what the head sees."
+    return {"vectors": net.embed(x).to("cpu", torch.float32)} if names == ["vectors"] else activations(net, x, names, pooled)
 
 
 def _batches(net, images, view, views, seed, batch_size):
