@@ -28,8 +28,7 @@ HOME = Path(__file__).with_suffix("")
 TASKS = "finding", "shape", "echo_grade", "diameter_mm", "mask", "boundary"
 EPOCHS = {50: 20, 150: 10}  # of a budget; with 8 pictures a batch 140 and 190 steps
 LIGHT = partial(Fixed, diameter_mm=0.1)  # the size's loss is by far the longest gradient in the pyramid: lesson balancing
-FULL = "all_labels"  # the run with all labels, at 128 px
-CUTS = np.linspace(0.1, 0.9, 9)  # probabilities above which the region may be drawn
+FULL = "all_labels"  # the runs with all labels, at 128 px
 BALANCES = dict(sum=Fixed, kendall=Uncertainty, gradnorm=GradNorm, pcgrad=PCGrad)
 COLUMNS = (*(f"finding_{k}" for k in range(3)), *(f"shape_{k}" for k in range(3)), *(f"echo_grade_{k}" for k in range(4)),
            "size_mm", "size_sd", "dice", "iou", "boundary_f1", "hausdorff95", "outline_mm", "eccentricity", "solidity", "drawn", "edge_mm")
@@ -47,21 +46,10 @@ def data(): return asking(load("phantom/ultrasound"), "boundary")
 def arms():
     "Part of the study -> its runs: (name, tasks, budget, seed)."
     sets, seeds = [TASKS, *((name,) for name in TASKS)], range(3)
-    return {FULL: [(FULL, TASKS, None, 0)],
+    return {FULL: [(FULL, TASKS, None, s) for s in seeds],
             "budgets": [("+".join(t), t, n, s) for n, s, t in itertools.product(EPOCHS, seeds, sets)],
             "pairs": [("+".join(t), t, 150, s) for s, t in itertools.product(seeds, itertools.combinations(TASKS, 2))],
             "balances": [(name, TASKS, 150, s) for s, name in itertools.product(seeds, BALANCES)]}
-
-
-def sharpest(p, masks):
-    "The cut with the best mean Dice; in a picture without a lesion, drawing nothing counts 1 and anything else 0."
-    def quality(cut): return np.where((masks == 1).any((1, 2)), dice(halved(p, cut), masks), ~(p > cut).any((1, 2))).mean()
-    return max(CUTS, key=quality)
-
-
-def halved(p, cut):
-    "The probabilities with their log odds moved, so that `cut` lies at one half."
-    return p * (1 - cut) / (p * (1 - cut) + (1 - p) * cut)
 
 
 def table(ds, answers):
@@ -85,12 +73,16 @@ def edge_error(far, masks):
     return np.array([np.abs(f[e]).mean() if e.any() else np.nan for f, e in zip(far, edge)])
 
 
-def examples(net, test, answers):
-    "Six lesions of the test patients, from the smallest to the largest: what the network draws, and where it looks (Grad-CAM, last stage)."
+def shown(test):
+    "Six lesions of the test patients, from the smallest to the largest."
     sick = np.flatnonzero(test.target("lesion") == 1)
-    rows = sick[np.argsort(test.target("diameter_mm")[sick], kind="stable")[np.linspace(10, len(sick) - 11, 6).astype(int)]]
-    heat = {f"heat_{t}": explain(net, test.images[rows], task=t).heat(test.images.shape[1:]).astype(np.float16) for t in TASKS}
-    return dict(rows=rows, mask=answers["mask"][rows].astype(np.float16)) | heat
+    return sick[np.argsort(test.target("diameter_mm")[sick], kind="stable")[np.linspace(10, len(sick) - 11, 6).astype(int)]]
+
+
+def looks(net, test):
+    "Where the network looks for each answer on these six (Grad-CAM, last stage)."
+    part = test.images[shown(test)]
+    return {f"heat_{t}": explain(net, part, task=t).heat((64, 64)).astype(np.float16) for t in TASKS}
 
 
 def keep(path, **arrays):
@@ -107,18 +99,23 @@ def train(name, tasks, n, seed, file):
     run = transfer_tasks(ds, tasks, strategy, n=n, seed=seed, checkpoint=file.with_suffix(".ckpt"), balance=balance(), **options)
     parts = {split: ds.split(split) for split in ("val", "test")}
     answers = {split: predict(run.net, part) for split, part in parts.items()}
-    more = judged(run, parts, answers) if name == FULL else {}
-    keep(file, **{split: table(part, answers[split]) for split, part in parts.items()}, seconds=run.seconds, **more)
+    found = {split: table(part, answers[split]) for split, part in parts.items()} | dict(seconds=run.seconds)
+    if name == FULL:
+        found |= {f"{split}_{task}": v.astype(np.float32) for split, a in answers.items() for task, v in a.items()}
+        found |= looks(run.net, parts["test"]) | {f"loss_{k}": v.to_numpy() for k, v in run.history.items()}
+    keep(file, **found)
     for old in file.parent.glob(f"{file.stem}.ckpt*"): old.unlink()
 
 
-def judged(run, parts, answers):
-    "What is kept of the run with all labels besides: the same tables at the cut that validation patients choose, losses and examples."
-    cut = sharpest(answers["val"]["mask"], parts["val"].masks)
-    for a in answers.values(): a["mask"] = halved(a["mask"], cut)
-    tables = {f"{split}_cut": table(part, answers[split]) for split, part in parts.items()}
-    losses = {f"loss_{k}": v.to_numpy() for k, v in run.history.items()}
-    return tables | losses | dict(cut=cut) | {f"example_{k}": v for k, v in examples(run.net, parts["test"], answers["test"]).items()}
+def together(files):
+    "The runs with all labels in one file: the table of each seed, that of their mean answers, losses, and the examples."
+    runs, ds = [dict(np.load(file)) for file in files], data()
+    parts, found = {split: ds.split(split) for split in ("val", "test")}, {}
+    mean = {split: {task: np.mean([r[f"{split}_{task}"] for r in runs], axis=0) for task in TASKS} for split in parts}
+    for split, part in parts.items(): found |= {split: np.stack([r[split] for r in runs]), f"{split}_mean": table(part, mean[split])}
+    rows = shown(parts["test"])
+    found |= dict(rows=rows, mask=mean["test"]["mask"][rows].astype(np.float16), seconds=np.array([r["seconds"] for r in runs]))
+    return found | {k: v for k, v in runs[0].items() if k.startswith("heat_")} | {"loss_mask": np.stack([r["loss_mask"] for r in runs])}
 
 
 def kept():
@@ -130,9 +127,10 @@ def kept():
 
 
 def collect(jobs, grid):
-    "All finished runs of the grid in one small file, and the one with all labels in another."
-    done = {name if name == FULL else f"{name}|{n}|{seed}": file for name, _, n, seed, file in jobs if file.exists()}
-    if FULL in done: keep(HOME / f"{FULL}.npz", columns=np.array(COLUMNS), **np.load(done.pop(FULL)))
+    "All finished runs of the grid in one small file, and those with all labels in another when all three are there."
+    full = [file for name, *_, file in jobs if name == FULL]
+    if full and all(file.exists() for file in full): keep(HOME / f"{FULL}.npz", columns=np.array(COLUMNS), **together(full))
+    done = {f"{name}|{n}|{seed}": file for name, _, n, seed, file in jobs if file.exists() and name != FULL}
     if grid := grid | {run: np.load(file) for run, file in done.items()}:
         found = {part: np.stack([run[part] for run in grid.values()]) for part in ("val", "test", "seconds")}
         keep(HOME / "grid.npz", runs=np.array(list(grid)), columns=np.array(COLUMNS), **found)
