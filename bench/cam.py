@@ -5,7 +5,7 @@
     python bench/cam.py --product         # every method of lesson explain on every network, at 64 pixels: does all run, and how long
 
 All players have the same network, the same batch and the same threads, and take turns. grad-cam makes the map of one class, we make those of all
-classes; the clock stops when the map of that class is clipped, scaled and as large as the pictures. grad-cam has no way to start from maps that are
+classes; the clock stops when the map of that class is clipped, as large as the pictures and scaled. grad-cam has no way to start from maps that are
 there, so what it takes for the pictures is compared with what we take from the cache.
 """
 import argparse
@@ -38,8 +38,8 @@ def seconds(work):
 
 
 def finished(evidence, side):
-    "The maps of class 1 as the library hands them over: clipped, scaled, as large as the pictures."
-    return scale_cam_image(scale_cam_image(evidence[:, 1].clamp(min=0).numpy()), (side, side))
+    "The maps of class 1 as the library hands them over: clipped, as large as the pictures, scaled."
+    return scale_cam_image(scale_cam_image(evidence[:, 1].clamp(min=0).numpy(), (side, side)))
 
 
 def players(net, x, maps):
