@@ -55,11 +55,13 @@ class Supervised(nn.Module):
     ):
         super().__init__()
         self.net, self.heads, self.outputs = net, nn.ModuleDict(), {}
-        with torch.random.fork_rng(devices=[]):
+        training = net.training
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            for name, z in self.tap(net.batch(np.zeros((1, 8, 8), np.uint8))).items():
+            for name, z in self.eval().tap(net.batch(np.zeros((1, 8, 8), np.uint8))).items():
                 self.heads[name] = AuxiliaryHead(z.shape[1], net.head.out_features, z.ndim == 2, dropout)
-        self.heads.to(net.head.weight.device)
+        self.train().heads.to(net.head.weight.device)
+        net.train(training)
 
     def tap(self, x):
         "Name -> output of each layer."

@@ -65,6 +65,13 @@ def test_earlier_losses_send_no_gradient_and_own_loss_is_greedy():
     assert "stages.stage2.stages2.0.weight" in moved(step("stage2", True), step("stage2", False).state_dict())
 
 
+def test_hanging_the_heads_on_a_network_in_training_leaves_it_as_it_was():
+    "At 32 px the last map of ResNet-18 is one place, of which BatchNorm in training could not make an average."
+    net = create_model("resnet18", pretrained=False, num_classes=2, size=32).train()
+    before = weights(net)
+    assert Supervised(net).training and net.training and not moved(net, before)
+
+
 def test_hooks_are_gone_after_a_failure():
     net = small()
     with pytest.raises(RuntimeError): Supervised(net).tap(torch.zeros(1, 5, 32, 32))
