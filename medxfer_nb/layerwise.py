@@ -54,7 +54,7 @@ class Supervised(nn.Module):
         seed: int = 0,  # of the auxiliary heads
     ):
         super().__init__()
-        self.net, self.heads, self.outputs = net, nn.ModuleDict(), {}
+        self.net, self.heads = net, nn.ModuleDict()
         training = net.training
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)

@@ -103,7 +103,7 @@ def _spread(runs, patients):
 def _of_one(metric, runs, patients):
     "Ends, and why there are none, for the mean over seeds of one arm."
     value, ends = runs[0].mean(), sorted((metric.worst, metric.best))
-    low, high, why = interval(runs[1:].mean(axis=1)) if patients > 1 else (None, None, "one patient")
+    low, high, why = interval(runs[1:].mean(axis=1))
     if low is None or value in ends: return low, high, why
     se, df = _spread(runs, patients)
     return *logit_interval(value, se, df, ends=ends), ""
@@ -115,9 +115,9 @@ def _inside(metric, values):
     return np.clip(values, -reach, reach)
 
 
-def _of_two(metric, runs, patients):
+def _of_two(metric, runs):
     "The same for the mean difference of two."
-    return (None, None, "one patient") if patients < 2 else interval(_inside(metric, two_level(runs[1:], runs[0], np.random.default_rng(0))))
+    return interval(_inside(metric, two_level(runs[1:], runs[0], np.random.default_rng(0))))
 
 
 def _scored(study, name, a, b=None):
@@ -128,7 +128,8 @@ def _scored(study, name, a, b=None):
     method = f"95% interval: bootstrap over {patients} patients, t over {len(seeds)} seeds"
     if np.isnan(runs[0]).any(): return Score(None, None, None, n, method, f"only class {study.y[0]} is in the test set")
     if np.nanmax(runs) == np.nanmin(runs) and not b: return score(metric, study.y, study.predictions[a, seeds[0]], study.groups, study.n_boot)
-    low, high, why = (_of_two if b else _of_one)(metric, runs, patients)
+    if patients < 2: return Score(float(runs[0].mean()), None, None, n, method, "one patient")
+    low, high, why = _of_two(metric, runs) if b else _of_one(metric, runs, patients)
     return Score(float(runs[0].mean()), low, high, n, method, why or ("one seed: the luck of training is not in it" if len(seeds) == 1 else ""))
 
 # %% ../nbs/35_study.ipynb #72ad7c9f

@@ -102,7 +102,7 @@ def train(name, tasks, n, seed, file):
     found = {split: table(part, answers[split]) for split, part in parts.items()} | dict(seconds=run.seconds)
     if name == FULL:
         found |= {f"{split}_{task}": v.astype(np.float32) for split, a in answers.items() for task, v in a.items()}
-        found |= looks(run.net, parts["test"]) | {f"loss_{k}": v.to_numpy() for k, v in run.history.items()}
+        found |= looks(run.net, parts["test"]) | dict(loss_mask=run.history["mask"].to_numpy())
     keep(file, **found)
     for old in file.parent.glob(f"{file.stem}.ckpt*"): old.unlink()
 
@@ -138,9 +138,9 @@ def collect(jobs, grid):
 
 def missing(runs, parts, grid):
     "The runs that the files beside this script do not hold, each with its file in the folder of runs."
-    jobs = [(name, *rest, seed, runs / f"{name.replace('+', '-')}_{rest[-1]}_{seed}.npz") for part in parts for name, *rest, seed in arms()[part]]
-    kept = [FULL] * (HOME / f"{FULL}.npz").exists()
-    return [job for job in jobs if job[0] not in kept and f"{job[0]}|{job[2]}|{job[3]}" not in grid]
+    jobs, there = [run for part in parts for run in arms()[part]], (HOME / f"{FULL}.npz").exists()
+    jobs = [(*run, runs / f"{run[0].replace('+', '-')}_{run[2]}_{run[3]}.npz") for run in jobs]
+    return [job for job in jobs if not (there if job[0] == FULL else f"{job[0]}|{job[2]}|{job[3]}" in grid)]
 
 
 def main():
