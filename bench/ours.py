@@ -12,8 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from medxfer_nb.backbones import PACKAGED, create_model
+from medxfer_nb.craft import MixedPrecision
 from medxfer_nb.datasets import load
 from medxfer_nb.loop import Callback
+from medxfer_nb.speed import LAYOUTS, fastest
 from medxfer_nb.strategies import ALL, HEAD, KNOWN
 from medxfer_nb.training import fit
 from medxfer_nb.transfer import freeze, rates
@@ -66,11 +68,13 @@ def train(job):
     "Seconds of each epoch after the warm-up, and those spent once: frozen stages, and making the optimiser."
     ds, net, clock = pickle.loads(Path(job["folder"], "set.pickle").read_bytes()), network(job["network"], job["size"]), Clock()
     net.bn_eval, (phase, augmented) = job["bn"] == "still", WORKLOADS[job["workload"]]
-    freeze(net, phase.frozen)
-    start = time.perf_counter()
-    run = fit(net, ds.split("train"), job["warm"] + job["epochs"], rates(net, phase), augmented=augmented, callbacks=[clock], batch_size=BATCH)
+    how = fastest(freeze(net, phase.frozen), BATCH)  # as with precision="auto": measured once for a machine
+    net.layout = LAYOUTS[how.layout]
+    net.to(memory_format=net.layout)
+    callbacks, start = [clock] + [MixedPrecision()] * (how.precision == "bfloat16"), time.perf_counter()
+    run = fit(net, ds.split("train"), job["warm"] + job["epochs"], rates(net, phase), augmented=augmented, callbacks=callbacks, batch_size=BATCH)
     once = time.perf_counter() - start - sum(clock.seconds)
-    return dict(seconds=clock.seconds[job["warm"]:], once=once, loss=run.history["loss"].tolist(), phase=phase.epochs)
+    return dict(seconds=clock.seconds[job["warm"]:], once=once, loss=run.history["loss"].tolist(), phase=phase.epochs, precision=how.precision)
 
 
 if __name__ == "__main__": answer(train)

@@ -55,6 +55,11 @@ class Clock(Callback):
         self.losses.append(float(np.mean(self.batches)))
 
 
+def half(job):
+    "torch's own way to 16 bits, where asked for."
+    return torch.autocast("cpu", torch.bfloat16, enabled=job["half"])
+
+
 def fastai(job):
     "fastai as its users write it; `full` is `fine_tune`, of which the frozen first epoch is not counted."
     model, facts = prepared(job)
@@ -67,7 +72,7 @@ def fastai(job):
     def split(model): return [[p for p, on in zip(model.parameters(), trains) if on == part] for part in (False, True)]
     learn = Learner(dls, model, nn.CrossEntropyLoss(), partial(OptimWrapper, opt=torch.optim.AdamW), RATE, split, cbs=clock, metrics=accuracy,
                     train_bn=not clock.hold)
-    with learn.no_bar(), learn.no_logging():
+    with learn.no_bar(), learn.no_logging(), half(job):
         if whole: learn.fine_tune(epochs, RATE)
         else:
             learn.freeze()
@@ -84,7 +89,7 @@ def plain(job):
     pictures = torchvision.datasets.ImageFolder(Path(job["folder"], "train"), T.Compose(views))
     loader = torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, num_workers=job["workers"], persistent_workers=job["workers"] > 0)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
-    epochs = [one_epoch(model, loader, optimiser, job["bn"] == "still") for _ in range(job["warm"] + job["epochs"])]
+    with half(job): epochs = [one_epoch(model, loader, optimiser, job["bn"] == "still") for _ in range(job["warm"] + job["epochs"])]
     return dict(seconds=[s for s, _ in epochs[job["warm"]:]], loss=[loss for _, loss in epochs])
 
 

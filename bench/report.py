@@ -49,7 +49,8 @@ def targets(results):
 def epochs(results):
     "Milliseconds of our epoch, and how many times as long the others take."
     return [dict(network=e["network"], threads=e["threads"], BatchNorm=e["bn"], trains=e["workload"], **{
-        "ours, ms: least": e["players"]["ours"]["min"] * 1e3, "median": e["players"]["ours"]["median"] * 1e3, "once, s": e["players"]["ours"]["once"],
+        "ours in": e["players"]["ours"]["precision"], "least, ms": e["players"]["ours"]["min"] * 1e3, "median": e["players"]["ours"]["median"] * 1e3,
+        "once, s": e["players"]["ours"]["once"],
         "fastai, usual": times(e, "fastai", key="usual"), "fastai, best": times(e, "fastai"), "of medians": times(e, "fastai", key="median"),
         "with once": times(e, "fastai", once=True), "torchvision, best": times(e, "torchvision")}) for e in results["epochs"]]
 

@@ -22,7 +22,8 @@ from report import HERE, tables, write
 NETWORKS = ("tf_efficientnet_lite0", "resnet18")
 CASES = [dict(network="tf_efficientnet_lite0", threads=2, bn="still"), dict(network="tf_efficientnet_lite0", threads=2, bn="follows"),
          dict(network="tf_efficientnet_lite0", threads=1, bn="still"), dict(network="resnet18", threads=2, bn="still")]
-TRIES = [dict(workers=0, channels_last=False), dict(workers=0, channels_last=True), dict(workers=2, channels_last=True)]  # the first is the usual way
+TRIES = [dict(workers=w, channels_last=c, half=h)
+         for w, c, h in ((0, False, False), (0, True, False), (2, True, False), (0, True, True))]  # the first is the usual way
 PLAYERS = dict(ours=[{}], fastai=TRIES, torchvision=TRIES)
 
 
@@ -51,7 +52,7 @@ def take_turns(job, turns):
 def summary(answers):
     "Least and median seconds of an epoch; the first and the last loss; what was spent once."
     seconds = np.concatenate([a["seconds"] for a in answers])
-    facts = {key: answers[-1][key] for key in ("accuracy", "phase") if key in answers[-1]}
+    facts = {key: answers[-1][key] for key in ("accuracy", "phase", "precision") if key in answers[-1]}
     if "once" in answers[0]: facts["once"] = min(a["once"] for a in answers)
     return dict(min=seconds.min(), median=float(np.median(seconds)), n=len(seconds), loss=[answers[-1]["loss"][i] for i in (0, -1)]) | facts
 

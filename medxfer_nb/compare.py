@@ -220,11 +220,11 @@ def _empty(ds, test, valid, arms, title, seeds, metric):
 
 
 def _plans(content, arms, total, seeds, size, precision, folder):
-    "A plan for each arm and seed, seed by seed."
+    "A plan for each arm and seed, seed by seed, the long runs of large budgets first, so that no worker is left alone with one at the end."
     keys = {name: _key(content, s, arm.n, _source(source), size, precision) for name, (arm, s, source) in arms.items()} if folder else {}
     def path(name, seed): return folder and Path(folder) / f"{arms[name][0].strategy}-n{arms[name][0].n}-{seed}-{keys[name]}.npz"
     return [Plan(name, s, source, arm.n if arm.n < total else None, seed, size, precision, path(name, seed))
-            for seed, (name, (arm, s, source)) in itertools.product(range(seeds), arms.items())]
+            for seed, (name, (arm, s, source)) in itertools.product(range(seeds), sorted(arms.items(), key=lambda item: -item[1][0].n))]
 
 # %% ../nbs/39_compare.ipynb #bfcdb018
 def compare(

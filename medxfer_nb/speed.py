@@ -8,7 +8,7 @@ __all__ = ['adamw', 'LAYOUTS', 'PRECISIONS', 'seconds', 'depthwise_weight_grad',
 # %% ../nbs/10_speed.ipynb #04bb7c90
 import copy, json, platform, time
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -30,21 +30,70 @@ def seconds(f):
     return time.perf_counter() - start
 
 # %% ../nbs/10_speed.ipynb #45ab08e4
-def depthwise_weight_grad(
-    x: torch.Tensor,  # (B, C, H, W), what went in
-    g: torch.Tensor,  # (B, C, h, w), the gradient of what came out
-    window: tuple,  # height and width of the weights
-    stride,  # of the convolution
-    padding,  # of the convolution
-) -> torch.Tensor:  # (C, 1, *window)
+def _as_convolution(x, g, window, stride, padding):
     "The gradient of a depthwise convolution's weights, as a convolution with a group for each picture and channel."
     b, c = x.shape[:2]
     grad = F.conv2d(x.reshape(1, b * c, *x.shape[2:]), g.reshape(b * c, 1, *g.shape[2:]), padding=padding, dilation=stride, groups=b * c)
     return grad[0, :, :window[0], :window[1]].reshape(b, c, 1, *window).sum(0)
 
+# %% ../nbs/10_speed.ipynb #e7cdd69d
+@cache
+def _joins(n_in, n_out, cells, stride, padding):
+    "In one direction: 1 where a place of the output (rows) and one of the input meet in a cell of the window (last axis)."
+    out, into, cell = torch.arange(n_out).view(-1, 1, 1), torch.arange(n_in).view(-1, 1), torch.arange(cells)
+    return (out * stride + cell - padding == into).float()
+
+
+def _by_pairs(x, g, window, stride, padding):
+    "The same gradient by pairs of places, summed in 32 bits or more."
+    x_at, g_at = (t.to(torch.promote_types(t.dtype, torch.float32)).permute(2, 3, 0, 1).flatten(0, 1) for t in (x, g))
+    pairs = (g_at[:, None] * x_at).sum(2)
+    joins = torch.kron(*(_joins(*one) for one in zip(x.shape[2:], g.shape[2:], window, stride, padding)))
+    return torch.einsum("oic,oik->ck", pairs, joins.to(pairs)).reshape(-1, 1, *window).to(x.dtype)
+
+# %% ../nbs/10_speed.ipynb #21d6517e
+def _small(x, window, padding):
+    "A map within the window of at most four places, or of at most nine if the padding reaches across it."
+    sides, places = x.shape[2:], x.shape[2:].numel()
+    return places <= 4 and all(n < k for n, k in zip(sides, window)) or places <= 9 and all(n <= p for n, p in zip(sides, padding))
+
+
+def depthwise_weight_grad(
+    x: torch.Tensor,  # (B, C, H, W), what went in
+    g: torch.Tensor,  # (B, C, h, w), the gradient of what came out
+    window: tuple,  # height and width of the weights
+    stride: tuple,  # of the convolution
+    padding: tuple,  # of the convolution
+) -> torch.Tensor:  # (C, 1, *window)
+    "The gradient of a depthwise convolution's weights, by pairs of places on a small map, else as a convolution."
+    way = _by_pairs if _small(x, window, padding) else _as_convolution
+    return way(x, g, window, stride, padding)
+
 # %% ../nbs/10_speed.ipynb #e57ab88c
+def _slow(x, window, padding):
+    "Whether the library has no quick gradient for the weights of a depthwise convolution."
+    return min(window) > 3 or _small(x, window, padding)
+
+
+def _library(x, w, g, stride, padding, wanted):
+    "torch's own gradients of the input and of the weights, where wanted."
+    return torch.ops.aten.convolution_backward(g, x, w, None, stride, padding, (1, 1), False, (0, 0), len(w), (*wanted, False))
+
+
+def _input_grad(x, w, g, stride, padding):
+    "Gradient of the input; with a stride in 32 bits."
+    if w.dtype == torch.float32 or max(stride) == 1: return _library(x, w, g, stride, padding, (True, False))[0]
+    return _library(torch.empty_like(x, dtype=torch.float32), w.float(), g.float(), stride, padding, (True, False))[0].to(g.dtype)
+
+
+def _weight_grad(x, w, g, stride, padding):
+    "Gradient of the weights."
+    if _slow(x, w.shape[2:], padding): return depthwise_weight_grad(x, g, w.shape[2:], stride, padding)
+    return _library(x, w, g, stride, padding, (False, True))[1]
+
+
 class _Depthwise(torch.autograd.Function):
-    "A depthwise convolution whose weight gradient is `depthwise_weight_grad`."
+    "A depthwise convolution with quick gradients."
 
     @staticmethod
     def forward(ctx, x, w, b, stride, padding):
@@ -55,28 +104,33 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (x, w), (stride, padding), (of_x, of_w, of_b, *_) = ctx.saved_tensors, ctx.how, ctx.needs_input_grad
-        how = stride, padding, (1, 1), False, (0, 0), len(w), (True, False, False)
-        grad_x = torch.ops.aten.convolution_backward(g, x, w, None, *how)[0] if of_x else None
-        grad_w = depthwise_weight_grad(x, g, w.shape[2:], stride, padding) if of_w else None
+        (x, w), (of_x, of_w, of_b, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        grad_x = _input_grad(x, w, g, *ctx.how) if of_x else None
+        grad_w = _weight_grad(x, w, g, *ctx.how) if of_w else None
         return grad_x, grad_w, g.sum((0, 2, 3)) if of_b else None, None, None
 
 # %% ../nbs/10_speed.ipynb #e6399fa7
-def _slow(x, w, padding, dilation, groups):
-    "Whether the library would take its slow way back: a depthwise float32 convolution on the CPU with a window above 3 x 3."
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    shape = x.ndim == 4 and groups == len(w) == x.shape[1] and min(w.shape[2:]) > 3
-    return plain and shape and tuple(dilation) == (1, 1) and not isinstance(padding, str)
+def _pointwise(x, w, b, stride):
+    "A convolution with a window of one cell, as a matrix product."
+    return F.linear(x[:, :, ::stride[0], ::stride[1]].permute(0, 2, 3, 1), w.flatten(1), b).permute(0, 3, 1, 2)
+
+
+def _quickly(x, w, b, stride, padding, dilation, groups):
+    "The convolution in a quicker way than the library's; None where we know of none."
+    if x.ndim != 4 or x.device.type != "cpu" or isinstance(padding, str): return None
+    window, half = w.shape[2:], torch.is_autocast_enabled("cpu")
+    if groups == window.numel() == 1 and not any(padding) and x.is_contiguous(memory_format=torch.channels_last): return _pointwise(x, w, b, stride)
+    if not groups == len(w) == x.shape[1] or tuple(dilation) != (1, 1): return None
+    if half: return _Depthwise.apply(*(t if t is None else t.to(torch.get_autocast_dtype("cpu")) for t in (x, w, b)), stride, padding)
+    if x.dtype == torch.float32 and _slow(x, window, padding): return _Depthwise.apply(x, w, b, stride, padding)
 
 
 class quick(TorchFunctionMode):
-    "While it is on, depthwise convolutions with large windows go back by `depthwise_weight_grad`; results agree up to rounding."
+    "While it is on, pointwise and depthwise convolutions on the CPU are computed in quicker ways; results agree up to rounding."
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.conv2d and len(args) == 7 and not kwargs:
-            x, w, b, stride, padding, dilation, groups = args
-            if _slow(x, w, padding, dilation, groups): return _Depthwise.apply(x, w, b, stride, padding)
-        return func(*args, **(kwargs or {}))
+        y = _quickly(*args) if func is torch.conv2d and len(args) == 7 and not kwargs else None
+        return func(*args, **(kwargs or {})) if y is None else y
 
 # %% ../nbs/10_speed.ipynb #bcd4cd49
 adamw = partial(torch.optim.AdamW, fused=True)

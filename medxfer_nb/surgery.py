@@ -216,7 +216,7 @@ class Network(nn.Module):
         if pictures.ndim != 3 and (pictures.ndim != 4 or channels == 1):
             raise MedxferError(f"pictures have shape {pictures.shape}; batch() wants (N, H, W)" + " or (N, H, W, 3)" * (channels == 3))
         x = torch.tensor(pictures, device=self.head.weight.device).float() / 255
-        x = x[:, None].expand(-1, channels, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
+        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
         side = (self.spec.size, self.spec.size)
         if x.shape[-2:] != side: x = F.interpolate(x, side, mode="bilinear", antialias=True)
         mean, std = (torch.tensor(v, device=x.device).view(channels, 1, 1) for v in (self.spec.mean, self.spec.std))

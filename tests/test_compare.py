@@ -314,7 +314,7 @@ def test_only_what_belongs_to_the_study_is_taken_over(ds, pixels):
     first = compare(ds, PAIR, (20, 30), 3)
     pixels.given.clear()
     assert compare(ds, PAIR[:1], 20, 2, known=first).failed == {} and len(pixels.given) == 2        # with one budget, the arms have other names
-    assert list(compare(ds, PAIR[:1], (20, 30), 2, known=first).predictions) == [(f"scratch, n={n}", s) for s in range(2) for n in (20, 30)]
+    assert list(compare(ds, PAIR[:1], (20, 30), 2, known=first).predictions) == [(f"scratch, n={n}", s) for s in range(2) for n in (30, 20)]
     assert len(pixels.given) == 2
 
 

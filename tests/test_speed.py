@@ -41,6 +41,18 @@ def test_weight_gradient_is_autograd_s(k, stride, padding, side):
     torch.testing.assert_close(depthwise_weight_grad(x, g, k, conv.stride, conv.padding), expected)
 
 
+@pytest.mark.parametrize("k", [(3, 3), (5, 5), (7, 5), (9, 9)])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2)])
+@pytest.mark.parametrize("side", [(1, 1), (2, 2), (3, 3), (4, 2), (4, 4)])
+def test_weight_gradient_on_maps_smaller_than_the_window(k, stride, side):
+    conv = depthwise(k, stride, (k[0] // 2, k[1] // 2), dtype=torch.float64)
+    x = torch.randn(3, 6, *side, dtype=torch.float64)
+    y = conv(x)
+    g = torch.randn_like(y)
+    expected, = torch.autograd.grad(y, conv.weight, g)
+    torch.testing.assert_close(depthwise_weight_grad(x, g, k, conv.stride, conv.padding), expected)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
@@ -67,9 +79,41 @@ def test_everything_else_is_left_to_the_library(conv):
     assert "_Depthwise" not in type(y.grad_fn).__name__
 
 
-def test_autocast_is_left_alone_and_nothing_stays_behind():
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2)])
+@pytest.mark.parametrize("side", [1, 2, 7])
+def test_a_pointwise_convolution_is_a_product(bias, stride, side):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(6, 10, 1, stride, bias=bias), torch.randn(4, 6, side, side).contiguous(memory_format=torch.channels_last)
+    (y, plain), (z, ours) = gradients(conv, x, torch.enable_grad()), gradients(conv, x, quick())
+    assert z.is_contiguous(memory_format=torch.channels_last) and "Convolution" not in type(z.grad_fn).__name__
+    torch.testing.assert_close(y, z)
+    for a, b in zip(plain, ours): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [2, 3, 12])
+@pytest.mark.parametrize("bias", [True, False])
+def test_half_the_digits_give_the_gradients_of_all_digits_but_for_rounding(k, stride, side, bias):
+    "Judged by float64; the products of 16 bits have about 3 digits, and sums of many are no worse."
+    conv = depthwise(k, stride, k // 2, bias=bias, dtype=torch.float64) if k > 1 else nn.Conv2d(6, 10, 1, stride, bias=bias, dtype=torch.float64)
+    x = torch.randn(8, 6, side, side, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    _, exact = gradients(conv, x, torch.enable_grad())
+    conv.float()
+    leaf = x.float().requires_grad_(True)
+    with quick(), torch.autocast("cpu", torch.bfloat16): y = conv(leaf)
+    assert y.dtype == torch.bfloat16
+    wanted = [leaf, *conv.parameters()]
+    found = torch.autograd.grad(y.float().square().sum(), wanted)
+    for a, b, p in zip(exact, found, wanted):
+        assert b.dtype == p.dtype == torch.float32
+        assert (a - b).norm() < 0.02 * a.norm()
+
+
+def test_nothing_stays_behind():
     conv, x = depthwise(), torch.randn(2, 6, 12, 12)
-    with quick(), torch.autocast("cpu", torch.bfloat16): assert conv(x).dtype == torch.bfloat16
+    with quick(): conv(x)
     assert "_Depthwise" not in type(conv(x).grad_fn).__name__
 
 
@@ -78,6 +122,11 @@ def test_it_says_that_it_cannot_be_differentiated_twice():
     with quick(): y = conv(x).square().sum()
     g, = torch.autograd.grad(y, conv.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"): g.sum().backward()
+
+
+def test_what_lies_channel_by_channel_stays_a_convolution():
+    conv, x = nn.Conv2d(6, 10, 1), torch.randn(2, 6, 5, 5)
+    with quick(): assert "Convolution" in type(conv(x).grad_fn).__name__
 
 
 def test_a_network_with_large_windows_gets_the_same_gradients():
