@@ -62,7 +62,7 @@ def ceilings(results):
         most = results["ceiling"][str(e["threads"])]
         need, players = most["steps"][e["network"]], e["players"]
         shares = {f"{p}, % of {rate}": 100 * need[unit] * steps / players[p]["min"] / most[rate]
-                  for rate, unit in (("float32", "gflop"), ("copy", "gb")) for p in ("ours", "fastai")}
+                  for rate, unit in (("float32", "gflop"), ("bfloat16", "gflop"), ("copy", "gb")) for p in ("ours", "fastai")}
         rows.append(dict(network=e["network"], threads=e["threads"], BatchNorm=e["bn"], **{"float32, GFLOP/s": most["float32"],
                          "bfloat16, GFLOP/s": most["bfloat16"], "copy, GB/s": most["copy"], "GFLOP a step": need["gflop"]}, **shares))
     return rows

@@ -882,6 +882,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medxfer_nb.speed._forward_flops': ('speed.html#_forward_flops', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._input_grad': ('speed.html#_input_grad', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._joins': ('speed.html#_joins', 'medxfer_nb/speed.py'),
+                                  'medxfer_nb.speed._known': ('speed.html#_known', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._library': ('speed.html#_library', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._pointwise': ('speed.html#_pointwise', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._quickly': ('speed.html#_quickly', 'medxfer_nb/speed.py'),

@@ -33,12 +33,13 @@ def open_notebook(
 
 # %% ../nbs/42_cli.ipynb #adac2075
 def _print(msg):
-    "Show one message of the kernel in the terminal: text as it is, a picture as its description."
+    "Show one message of the kernel in the terminal: text as it is, a picture as its description, of widgets where they can be moved."
     content, kind = msg["content"], msg["msg_type"]
     if kind == "stream": print(content["text"], end="", file=getattr(sys, content["name"]), flush=True)
     if kind not in ("display_data", "execute_result"): return
     alts = [facts["alt"] for facts in content["metadata"].values() if isinstance(facts, dict) and "alt" in facts]
-    print(*(f"[figure] {alt}" for alt in alts) if alts else [content["data"].get("text/plain", "")], sep="\n", flush=True)
+    live, text = "application/vnd.jupyter.widget-view+json" in content["data"], content["data"].get("text/plain", "")
+    print(*[f"[figure] {alt}" for alt in alts] or ["[widgets] open the notebook to move them"] * live or [text], sep="\n", flush=True)
 
 
 def _heading(cell, number, cells):

@@ -19,6 +19,7 @@ from .core import MedxferError, device, need
 from .features import features
 from .imageset import ImageSet
 from .loop import Callback, Loop, Run
+from .speed import quick
 
 # %% ../nbs/12_training.ipynb #c679e26a
 def augment(
@@ -79,7 +80,7 @@ def _feeder(net, pictures, k, view, views, seed):
         seen, at = features(net, pictures, net.stage_names[k - 1], pooled=False, view=view, views=views, seed=seed), next(net.parameters()).device
         return lambda rows, chance: seen[torch.randint(views, rows.shape, generator=chance), rows].to(at)
     net.eval()
-    x = torch.cat([net.stages[:k](x) for x in net.batches(pictures)])
+    with quick(): x = torch.cat([net.stages[:k](x) for x in net.batches(pictures)])  # in the way of the training, to the last digits
     return lambda rows, chance: x[rows]
 
 # %% ../nbs/12_training.ipynb #9f753aa5

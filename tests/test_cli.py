@@ -81,6 +81,12 @@ def test_text_appears_while_the_cell_still_runs(folder):
     assert process.returncode == 0
 
 
+def test_widgets_are_told_of_and_not_spelled_out(capsys):
+    assert main(["run", write("import ipywidgets as w", "w.HBox([w.IntSlider()])", "1 + 1")]) == 0
+    out = capsys.readouterr().out
+    assert "[widgets] open the notebook to move them\n2\n" in out and "HBox" not in out
+
+
 def test_failing_cell_keeps_the_notebook(capsys):
     assert main(["run", write("print('before')", "1 / 0", "print('after')")]) == 1
     assert "cell 4 of small.ipynb failed: ZeroDivisionError: division by zero" in error_line(capsys)

@@ -2,6 +2,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -198,6 +199,19 @@ def test_a_choice_is_made_once_for_each_case_and_kept(measured, tmp_path):
     part.stages[:2].requires_grad_(False)
     assert fastest(part) == Choice() and fastest(small(), batch_size=8) == Choice() and asked == [16, 16, 8]
     assert len(json.loads((tmp_path / "speed" / "choices.json").read_text())) == 3
+
+
+def test_the_first_of_two_workers_has_its_way(monkeypatch, tmp_path):
+    "Both find nothing and measure at once; what the other kept meanwhile counts, so that all runs of a study train in the same way."
+    monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
+    table = measure(small(), 2, 1)
+    def slowly(net, batch_size):
+        monkeypatch.setattr(speed, "measure", lambda net, batch_size: table * np.array([[1, 0.1], [1, 1]]))
+        assert fastest(net, batch_size).precision == "bfloat16"      # the other is done while we still measure
+        return table * np.array([[1, 9], [1, 9]])
+    monkeypatch.setattr(speed, "measure", slowly)
+    table.loc[:] = 10.0
+    assert fastest(small()) == Choice("channels last", "bfloat16")
 
 
 # --- counting ---
