@@ -17,7 +17,7 @@ from medxfer_nb.datasets import load
 from medxfer_nb.loop import Callback
 from medxfer_nb.speed import LAYOUTS, fastest
 from medxfer_nb.strategies import ALL, HEAD, KNOWN
-from medxfer_nb.training import fit
+from medxfer_nb.training import fit, frozen_stages
 from medxfer_nb.transfer import freeze, rates
 
 COUNTS = dict(train=546, val=78, test=156)  # BreastMNIST's
@@ -68,7 +68,8 @@ def train(job):
     "Seconds of each epoch after the warm-up, and those spent once: frozen stages, and making the optimiser."
     ds, net, clock = pickle.loads(Path(job["folder"], "set.pickle").read_bytes()), network(job["network"], job["size"]), Clock()
     net.bn_eval, (phase, augmented) = job["bn"] == "still", WORKLOADS[job["workload"]]
-    how = fastest(freeze(net, phase.frozen), BATCH)  # as with precision="auto": measured once for a machine
+    freeze(net, phase.frozen)
+    how = fastest(net, BATCH, 0 if augmented else frozen_stages(net))  # as with precision="auto": measured once for a machine
     net.layout = LAYOUTS[how.layout]
     net.to(memory_format=net.layout)
     callbacks, start = [clock] + [MixedPrecision()] * (how.precision == "bfloat16"), time.perf_counter()

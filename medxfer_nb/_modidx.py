@@ -877,6 +877,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'medxfer_nb.speed._Depthwise.backward': ('speed.html#_depthwise.backward', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._Depthwise.forward': ('speed.html#_depthwise.forward', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._as_convolution': ('speed.html#_as_convolution', 'medxfer_nb/speed.py'),
+                                  'medxfer_nb.speed._blank': ('speed.html#_blank', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._by_pairs': ('speed.html#_by_pairs', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._case': ('speed.html#_case', 'medxfer_nb/speed.py'),
                                   'medxfer_nb.speed._forward_flops': ('speed.html#_forward_flops', 'medxfer_nb/speed.py'),

@@ -140,14 +140,21 @@ LAYOUTS = {"channels last": torch.channels_last, "contiguous": torch.contiguous_
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def _seconds(net, batch_size, layout, precision):
-    "Of one step of training with blank pictures."
-    at, channels, side = next(net.parameters()).device, len(net.spec.mean), net.spec.size
+@torch.no_grad()
+def _blank(net, batch_size, start):
+    "What stage `start` is fed for blank pictures."
+    pictures = torch.zeros(batch_size, len(net.spec.mean), net.spec.size, net.spec.size, device=next(net.parameters()).device)
+    return net.eval().stages[:start](pictures)
+
+
+def _seconds(net, x, start, layout, precision):
+    "Of one step of training from stage `start` on."
     net.to(memory_format=LAYOUTS[layout])
-    x = torch.zeros(batch_size, channels, side, side, device=at).contiguous(memory_format=LAYOUTS[layout])
+    x = x.contiguous(memory_format=LAYOUTS[layout])
 
     def step():
-        with quick(), torch.autocast(at.type, torch.bfloat16, enabled=precision == "bfloat16"): loss = net(x).float().logsumexp(1).mean()
+        with quick(), torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = net.head(net.neck(net.stages[start:](x))).float().logsumexp(1).mean()
         loss.backward()
 
     return seconds(step)
@@ -157,12 +164,15 @@ def measure(
     net: Network,  # left as it is; what is frozen in it stays so
     batch_size: int = 16,
     rounds: int = 3,  # after one to warm up
+    start: int = 0,  # the stages before this one are computed once for each picture, not in each step
 ) -> pd.DataFrame:  # milliseconds of a step, a row a layout, a column a precision
     "How long a step of training takes in each layout and precision: in turns, the shortest of `rounds`."
-    copied = copy.deepcopy(net).train()
+    copied = copy.deepcopy(net)
     if not any(p.requires_grad for p in copied.parameters()): raise MedxferError("nothing to measure: every weight is frozen; unfreeze the head")
+    x = _blank(copied, batch_size, start)
+    copied.train()
     with torch.random.fork_rng():
-        cell = lambda: [[_seconds(copied, batch_size, layout, precision) for precision in PRECISIONS] for layout in LAYOUTS]
+        cell = lambda: [[_seconds(copied, x, start, layout, precision) for precision in PRECISIONS] for layout in LAYOUTS]
         times = np.array([cell() for _ in range(rounds + 1)])[1:].min(axis=0)
     return pd.DataFrame(1000 * times, index=list(LAYOUTS), columns=list(PRECISIONS))
 
@@ -174,11 +184,11 @@ class Choice:
     precision: str = "float32"  # of PRECISIONS
 
 
-def _case(net, batch_size):
+def _case(net, batch_size, start):
     "What the fastest way depends on."
     trained = [name for name, part in (*net.stages.named_children(), ("neck", net.neck)) if any(p.requires_grad for p in part.parameters())]
     machine = platform.processor() or platform.machine(), str(next(net.parameters()).device), torch.get_num_threads(), torch.__version__
-    return repr((net.spec.name, net.spec.size, batch_size, net.bn_eval, trained, machine))
+    return repr((net.spec.name, net.spec.size, batch_size, start, net.bn_eval, trained, machine))
 
 
 def _known(path): return json.loads(path.read_text()) if path.exists() else {}
@@ -187,11 +197,12 @@ def _known(path): return json.loads(path.read_text()) if path.exists() else {}
 def fastest(
     net: Network,
     batch_size: int = 16,
+    start: int = 0,  # as in `measure`
 ) -> Choice:
     "The way with the shortest step, by `measure`, once for each kind of network, training and machine; kept in the cache."
-    path, case = cache_dir("speed") / "choices.json", _case(net, batch_size)
+    path, case = cache_dir("speed") / "choices.json", _case(net, batch_size, start)
     if case not in _known(path):
-        times = measure(net, batch_size).stack()
+        times = measure(net, batch_size, start=start).stack()
         best = times.idxmin() if times.min() < 0.9 * times[("channels last", "float32")] else ("channels last", "float32")
         known = {case: asdict(Choice(*best))} | _known(path)  # another worker may have been first: then its choice counts
         with atomic_write(path) as part: part.write_text(json.dumps(known, indent=1))

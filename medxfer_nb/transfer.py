@@ -197,13 +197,14 @@ def source_network(
 def _train_phase(net, net_a, train, seed, precision, phase, what, file):
     "One phase: freeze, choose how to compute, then fit at the phase's rates; operations of callbacks are not counted."
     freeze(net, phase.frozen)
-    how = fastest(net) if precision == "auto" else Choice(precision=precision)
+    start = frozen_stages(net) if phase.views or not phase.augmented else 0  # what comes before is computed once
+    how = fastest(net, start=start) if precision == "auto" else Choice(precision=precision)
     net.layout = LAYOUTS[how.layout]
     net.to(memory_format=net.layout)
     callbacks = [make(net, net_a, train) for make in phase.callbacks] + [MixedPrecision()] * (how.precision == "bfloat16")
     kept = dict(augmented=phase.augmented, views=phase.views)
     run = fit(net, train, phase.epochs, rates(net, phase), **kept, callbacks=callbacks, checkpoint=file, seed=seed, what=what)
-    once, each = flops(net, frozen_stages(net) if phase.views or not phase.augmented else 0)
+    once, each = flops(net, start)
     run.flops = len(train) * (max(phase.views, 1) * once + each * len(run.history))
     return run
 

@@ -1,6 +1,7 @@
 "speed: gradients against autograd's own, what the mode touches and what not, measuring without a trace, choices that are kept."
 import copy
 import json
+import time
 
 import numpy as np
 import pytest
@@ -168,6 +169,14 @@ def test_measuring_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), chance) and all(p.grad is None for p in net.parameters())
 
 
+def test_what_is_computed_once_is_not_measured():
+    "The first stage waits; a step that starts behind it does not."
+    net = small()
+    net.stages[0].requires_grad_(False)
+    net.stages[0].register_forward_pre_hook(lambda m, args: time.sleep(0.1))
+    assert (measure(net, 2, 1) > 100).all(axis=None) and (measure(net, 2, 1, start=1) < 100).all(axis=None)
+
+
 def test_all_frozen_is_a_clear_error():
     with pytest.raises(MedxferError, match="every weight is frozen"): measure(small().requires_grad_(False))
 
@@ -177,7 +186,7 @@ def measured(monkeypatch, tmp_path):
     "Measurements that the test sets, and how often somebody asked for one."
     monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
     asked, table = [], copy.deepcopy(measure(small(), 2, 1))
-    monkeypatch.setattr(speed, "measure", lambda net, batch_size: asked.append(batch_size) or table)
+    monkeypatch.setattr(speed, "measure", lambda net, batch_size, start: asked.append(batch_size) or table)
     return asked, table
 
 
@@ -197,16 +206,16 @@ def test_a_choice_is_made_once_for_each_case_and_kept(measured, tmp_path):
     assert fastest(small()) == first == Choice("channels last", "bfloat16") and asked == [16]
     part = small()
     part.stages[:2].requires_grad_(False)
-    assert fastest(part) == Choice() and fastest(small(), batch_size=8) == Choice() and asked == [16, 16, 8]
-    assert len(json.loads((tmp_path / "speed" / "choices.json").read_text())) == 3
+    assert fastest(part) == fastest(part, start=2) == fastest(small(), batch_size=8) == Choice() and asked == [16, 16, 16, 8]
+    assert len(json.loads((tmp_path / "speed" / "choices.json").read_text())) == 4
 
 
 def test_the_first_of_two_workers_has_its_way(monkeypatch, tmp_path):
     "Both find nothing and measure at once; what the other kept meanwhile counts, so that all runs of a study train in the same way."
     monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
     table = measure(small(), 2, 1)
-    def slowly(net, batch_size):
-        monkeypatch.setattr(speed, "measure", lambda net, batch_size: table * np.array([[1, 0.1], [1, 1]]))
+    def slowly(net, batch_size, start):
+        monkeypatch.setattr(speed, "measure", lambda net, batch_size, start: table * np.array([[1, 0.1], [1, 1]]))
         assert fastest(net, batch_size).precision == "bfloat16"      # the other is done while we still measure
         return table * np.array([[1, 9], [1, 9]])
     monkeypatch.setattr(speed, "measure", slowly)
