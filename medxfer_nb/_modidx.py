@@ -998,6 +998,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'medxfer_nb.training._logits': ('training.html#_logits', 'medxfer_nb/training.py'),
                                      'medxfer_nb.training._run_predict_proba': ( 'training.html#_run_predict_proba',
                                                                                  'medxfer_nb/training.py'),
+                                     'medxfer_nb.training._still': ('training.html#_still', 'medxfer_nb/training.py'),
+                                     'medxfer_nb.training._vectors': ('training.html#_vectors', 'medxfer_nb/training.py'),
                                      'medxfer_nb.training._views': ('training.html#_views', 'medxfer_nb/training.py'),
                                      'medxfer_nb.training.augment': ('training.html#augment', 'medxfer_nb/training.py'),
                                      'medxfer_nb.training.fit': ('training.html#fit', 'medxfer_nb/training.py'),

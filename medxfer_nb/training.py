@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from .surgery import Network
 from .core import MedxferError, device, need
@@ -83,6 +84,18 @@ def _feeder(net, pictures, k, view, views, seed):
     with quick(): x = torch.cat([net.stages[:k](x) for x in net.batches(pictures)])  # in the way of the training, to the last digits
     return lambda rows, chance: x[rows]
 
+
+def _still(part):
+    "Whether a part of a network gives the same answer in each epoch: no weight trains, and no dropout."
+    return not any(p.requires_grad for p in part.parameters()) and not any(isinstance(m, _DropoutNd) and m.p for m in part.modules())
+
+
+@torch.no_grad()
+def _vectors(net, feed, n):
+    "What the head sees of each of `n` pictures whose last maps `feed` gives, computed once."
+    net.eval()
+    with quick(): return torch.cat([net.neck(feed(rows, None)) for rows in torch.arange(n).split(64)])
+
 # %% ../nbs/12_training.ipynb #9f753aa5
 @torch.inference_mode()
 def _logits(net, pictures, batch_size=64):
@@ -144,11 +157,13 @@ def fit(
     if views and not augmented: raise MedxferError(f"views={views}: an unaugmented training has one view of each picture; leave views away")
     k, start = frozen_stages(net) if views or not augmented else 0, time.perf_counter()
     rest, feed = net.stages[k:], _feeder(net, known.images, k, _views(augmented, train.info.flip), views, options.get("seed", 0))
+    seen = _vectors(net, feed, len(y)) if k == len(net.stages) and not views and _still(net.neck) else None
 
     def classify(loop, rows):
-        loop.x, loop.y = feed(rows, loop.generator).contiguous(memory_format=net.layout), y[rows]
+        fed, loop.y = feed(rows, loop.generator).contiguous(memory_format=net.layout), y[rows]
+        loop.x = fed
         loop.call("before_batch")
-        loop.features = net.neck(rest(loop.x))
+        loop.features = seen[rows] if seen is not None and loop.x is fed else net.neck(rest(loop.x))
         loop.logits = net.head(loop.features)
         return loss_of(loop.logits, loop.y)
 

@@ -52,6 +52,31 @@ def test_frozen_stages_counts_from_the_input():
     assert frozen_stages(net) == 0 and frozen_stages(net.requires_grad_(False)) == len(net.stages)
 
 
+def head_only(dropout=0.0):
+    net, calls = small(), []
+    net.neck = torch.nn.Sequential(net.neck, torch.nn.Dropout(dropout))
+    net.requires_grad_(False).head.requires_grad_(True)
+    net.neck.register_forward_hook(lambda *_: calls.append(1))
+    return net, calls
+
+
+@pytest.mark.parametrize(("dropout", "augmented", "calls"), [(0.0, False, 1), (0.5, False, 6), (0.0, True, 6)])
+def test_a_frozen_neck_is_asked_once_unless_chance_or_views_change_its_answer(dropout, augmented, calls):
+    net, asked = head_only(dropout)
+    fit(net, bright_or_dark(), 3, augmented=augmented)              # 24 pictures, batches of 16
+    assert len(asked) == calls
+
+
+def test_a_batch_that_a_callback_replaces_is_asked_anew():
+    class Black(Callback):
+        def before_batch(self, loop): loop.x = loop.x * 0
+        def after_loss(self, loop): self.features = loop.features
+
+    black, (net, _) = Black(), head_only()
+    fit(net, bright_or_dark(), 1, augmented=False, callbacks=[black])
+    assert (black.features == 0).all()
+
+
 def test_multilabel_rows_do_not_sum_to_one():
     ds = bright_or_dark(kind="multilabel")
     p = fit(small(), ds, 6, lr=3e-3).predict_proba(ds)
