@@ -152,6 +152,18 @@ class Loop:
         asked |= dict(optimiser=optimiser, schedule=schedule, callbacks=[repr(c) for c in callbacks])
         self.config = {name: _name(value) if callable(value) else value for name, value in asked.items() if value != []}
 
+    @property
+    def x(self):
+        "The batch; a function stands for one that is made when somebody first asks for it."
+        if callable(self._x): self._x = self._x()
+        return self._x
+
+    @x.setter
+    def x(self, value): self._x = value
+
+    @property
+    def asked(self): return not callable(self._x)  # whether the batch is there
+
     def call(self, moment: str):
         "Tell all callbacks that `moment` has come."
         for callback in self.callbacks: getattr(callback, moment)(self)

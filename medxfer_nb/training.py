@@ -160,10 +160,10 @@ def fit(
     seen = _vectors(net, feed, len(y)) if k == len(net.stages) and not views and _still(net.neck) else None
 
     def classify(loop, rows):
-        fed, loop.y = feed(rows, loop.generator).contiguous(memory_format=net.layout), y[rows]
-        loop.x = fed
+        def batch(): return feed(rows, loop.generator).contiguous(memory_format=net.layout)
+        loop.x, loop.y = batch() if seen is None else batch, y[rows]
         loop.call("before_batch")
-        loop.features = seen[rows] if seen is not None and loop.x is fed else net.neck(rest(loop.x))
+        loop.features = net.neck(rest(loop.x)) if loop.asked else seen[rows]  # a callback that has the batch may have changed it
         loop.logits = net.head(loop.features)
         return loss_of(loop.logits, loop.y)
 

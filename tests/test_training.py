@@ -67,14 +67,24 @@ def test_a_frozen_neck_is_asked_once_unless_chance_or_views_change_its_answer(dr
     assert len(asked) == calls
 
 
-def test_a_batch_that_a_callback_replaces_is_asked_anew():
+@pytest.mark.parametrize("change", [lambda x: x * 0, lambda x: x.zero_()])
+def test_a_batch_that_a_callback_changes_is_asked_anew(change):
     class Black(Callback):
-        def before_batch(self, loop): loop.x = loop.x * 0
+        def before_batch(self, loop): loop.x = change(loop.x)
         def after_loss(self, loop): self.features = loop.features
 
     black, (net, _) = Black(), head_only()
     fit(net, bright_or_dark(), 1, augmented=False, callbacks=[black])
     assert (black.features == 0).all()
+
+
+def test_a_batch_that_nobody_needs_can_still_be_looked_at_later():
+    class Late(Callback):
+        def after_loss(self, loop): torch.testing.assert_close(loop.net.neck(loop.x), loop.features)
+
+    net, calls = head_only()
+    fit(net, bright_or_dark(), 1, augmented=False, callbacks=[Late()])
+    assert len(calls) == 1 + 2                                      # once for all, and twice by the callback
 
 
 def test_multilabel_rows_do_not_sum_to_one():
