@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from common import BATCH, here
 from ours import WORKLOADS, data, share_network, share_pictures
-from report import HERE, tables, write
+from report import HERE, epochs, markdown, tables, write
 
 NETWORKS = ("tf_efficientnet_lite0", "resnet18")
 CASES = [dict(network="tf_efficientnet_lite0", threads=2, bn="still"), dict(network="tf_efficientnet_lite0", threads=2, bn="follows"),
@@ -88,10 +88,11 @@ def measure(asked):
         share_pictures(ds, folder)
         for name in NETWORKS: share_network(name, asked.size, ds.info.flip, folder)
         results["ceiling"] = {str(t): ask("ceiling", threads=t, networks=NETWORKS, size=asked.size) for t in (1, 2)}
-        for case, workload in product(cases, WORKLOADS):
+        for case, workload in product(cases, asked.workloads or WORKLOADS):
             job = case | dict(workload=workload, folder=home, size=asked.size, warm=1, epochs=epochs)
             rows.append(case | dict(workload=workload, players=take_turns(job, turns)))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        if asked.workloads: return results
         results["probes"] = probes(ds, folder, size=asked.size, **(dict(budgets=(10, 20, "all"), seeds=2) if quick else {}))
         small, whole = dict(size=32, budgets=(10, 20), seeds=1), dict(size=asked.study_size, save=asked.save)
         results["study"] = label_efficiency(ds, **(small if quick else whole))
@@ -102,6 +103,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="see that all works; numbers are only printed")
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many of the cases at the top of this file")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="only epochs of these; numbers are only printed")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2, help="timed epochs a turn, after one to warm up")
     parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels, of epochs and probes")
@@ -110,6 +112,7 @@ def main():
     asked, start = parser.parse_args(), time.perf_counter()
     results = measure(asked)
     results["minutes"] = (time.perf_counter() - start) / 60
+    if asked.workloads: return print(markdown(epochs(results)))
     print(tables(results))
     if asked.quick: return
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
