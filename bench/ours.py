@@ -12,13 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from medxfer_nb.backbones import PACKAGED, create_model
-from medxfer_nb.craft import MixedPrecision
 from medxfer_nb.datasets import load
 from medxfer_nb.loop import Callback
-from medxfer_nb.speed import LAYOUTS, fastest
+from medxfer_nb.speed import fastest
 from medxfer_nb.strategies import ALL, HEAD, KNOWN
-from medxfer_nb.training import fit, frozen_stages
-from medxfer_nb.transfer import freeze, rates
+from medxfer_nb.training import computed_once, fit
+from medxfer_nb.transfer import adopt, freeze, rates
 
 COUNTS = dict(train=546, val=78, test=156)  # BreastMNIST's
 # a phase, and whether its pictures are new views in each epoch
@@ -69,10 +68,8 @@ def train(job):
     ds, net, clock = pickle.loads(Path(job["folder"], "set.pickle").read_bytes()), network(job["network"], job["size"]), Clock()
     net.bn_eval, (phase, augmented) = job["bn"] == "still", WORKLOADS[job["workload"]]
     freeze(net, phase.frozen)
-    how = fastest(net, BATCH, 0 if augmented else frozen_stages(net))  # as with precision="auto": measured once for a machine
-    net.layout = LAYOUTS[how.layout]
-    net.to(memory_format=net.layout)
-    callbacks, start = [clock] + [MixedPrecision()] * (how.precision == "bfloat16"), time.perf_counter()
+    how = fastest(net, BATCH, computed_once(net, augmented))  # as with precision="auto": measured once for a machine
+    callbacks, start = [clock, *adopt(net, how)], time.perf_counter()
     run = fit(net, ds.split("train"), job["warm"] + job["epochs"], rates(net, phase), augmented=augmented, callbacks=callbacks, batch_size=BATCH)
     once = time.perf_counter() - start - sum(clock.seconds)
     return dict(seconds=clock.seconds[job["warm"]:], once=once, loss=run.history["loss"].tolist(), phase=phase.epochs, precision=how.precision)

@@ -81,7 +81,7 @@ def measure(asked):
     from label_efficiency import label_efficiency
 
     ds, quick, rows = data(asked.quick), asked.quick, []
-    cases, turns, epochs = ([CASES[0] | dict(threads=1)], 1, 1) if quick else (CASES[:asked.cases], asked.turns, asked.epochs)
+    cases, turns, timed = ([CASES[0] | dict(threads=1)], 1, 1) if quick else (CASES[:asked.cases], asked.turns, asked.epochs)
     results = facts(ds, asked) | dict(epochs=rows)
     with tempfile.TemporaryDirectory() as home:
         folder, os.environ["MEDXFER_DEVICE"], os.environ["MEDXFER_CACHE"] = Path(home), "cpu", f"{home}/cache"  # nothing is there yet
@@ -89,7 +89,7 @@ def measure(asked):
         for name in NETWORKS: share_network(name, asked.size, ds.info.flip, folder)
         results["ceiling"] = {str(t): ask("ceiling", threads=t, networks=NETWORKS, size=asked.size) for t in (1, 2)}
         for case, workload in product(cases, asked.workloads or WORKLOADS):
-            job = case | dict(workload=workload, folder=home, size=asked.size, warm=1, epochs=epochs)
+            job = case | dict(workload=workload, folder=home, size=asked.size, warm=1, epochs=timed)
             rows.append(case | dict(workload=workload, players=take_turns(job, turns)))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         if asked.workloads: return results

@@ -162,7 +162,9 @@ class Loop:
     def x(self, value): self._x = value
 
     @property
-    def asked(self): return not callable(self._x)  # whether the batch is there
+    def asked(self):
+        "Whether somebody has asked for the batch, so that it may be another one by now."
+        return not callable(self._x)
 
     def call(self, moment: str):
         "Tell all callbacks that `moment` has come."

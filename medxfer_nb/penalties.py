@@ -19,7 +19,7 @@ from .core import MedxferError
 from .imageset import ImageSet
 from .loop import Callback
 from .surgery import Network
-from .training import frozen_stages
+from .training import computed_once
 
 # %% ../nbs/21_penalties.ipynb #d47b81d2
 def trunk(
@@ -92,7 +92,7 @@ class _Beside(Penalty):
 
     def ask(self, loop):
         "The last map of N(A) for `loop.x`, which is a batch of pictures, or of activations if the frozen stages were computed once."
-        k = frozen_stages(loop.net) if loop.config.get("views") or not loop.config["augmented"] else 0
+        k = computed_once(loop.net, loop.config["augmented"], loop.config.get("views", 0))
         with torch.no_grad(): return self.source.eval().stages[k:](loop.x)
 
 

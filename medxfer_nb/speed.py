@@ -201,12 +201,12 @@ def fastest(
 ) -> Choice:
     "The way with the shortest step, by `measure`, once for each kind of network, training and machine; kept in the cache."
     path, case = cache_dir("speed") / "choices.json", _case(net, batch_size, start)
-    if case not in _known(path):
+    if case not in (known := _known(path)):
         times = measure(net, batch_size, start=start).stack()
         best = times.idxmin() if times.min() < 0.9 * times[("channels last", "float32")] else ("channels last", "float32")
         known = {case: asdict(Choice(*best))} | _known(path)  # another worker may have been first: then its choice counts
         with atomic_write(path) as part: part.write_text(json.dumps(known, indent=1))
-    return Choice(**_known(path)[case])
+    return Choice(**known[case])
 
 # %% ../nbs/10_speed.ipynb #e1651364
 _counted = {}  # an architecture and its side -> what `_forward_flops` found

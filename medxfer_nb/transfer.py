@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'KNOWN', 'train_source', 'copy_weights', 'build_target', 'freeze', 'Phase', 'Strategy', 'rates',
-           'fit_probe', 'transfer', 'source_network']
+           'fit_probe', 'transfer', 'source_network', 'adopt']
 
 # %% ../nbs/20_transfer.ipynb #6781c3c9
 import copy, time
@@ -25,7 +25,7 @@ from .loop import Run
 from .probes import probe
 from .speed import LAYOUTS, PRECISIONS, Choice, fastest, flops
 from .surgery import Network
-from .training import fit, frozen_stages
+from .training import computed_once, fit
 
 # %% ../nbs/20_transfer.ipynb #891a2c8d
 def train_source(
@@ -194,14 +194,22 @@ def source_network(
     return create_model(strategy.backbone or name, pretrained=False, size=side, seed=seed)
 
 
+def adopt(
+    net: Network,  # laid out in memory as chosen
+    how: Choice,
+) -> list:  # the callbacks that train in the chosen precision
+    "Make a network ready to be trained in a layout and precision of lesson speed."
+    net.layout = LAYOUTS[how.layout]
+    net.to(memory_format=net.layout)
+    return [MixedPrecision()] * (how.precision == "bfloat16")
+
+
 def _train_phase(net, net_a, train, seed, precision, phase, what, file):
     "One phase: freeze, choose how to compute, then fit at the phase's rates; operations of callbacks are not counted."
     freeze(net, phase.frozen)
-    start = frozen_stages(net) if phase.views or not phase.augmented else 0  # what comes before is computed once
+    start = computed_once(net, phase.augmented, phase.views)
     how = fastest(net, start=start) if precision == "auto" else Choice(precision=precision)
-    net.layout = LAYOUTS[how.layout]
-    net.to(memory_format=net.layout)
-    callbacks = [make(net, net_a, train) for make in phase.callbacks] + [MixedPrecision()] * (how.precision == "bfloat16")
+    callbacks = [make(net, net_a, train) for make in phase.callbacks] + adopt(net, how)
     kept = dict(augmented=phase.augmented, views=phase.views)
     run = fit(net, train, phase.epochs, rates(net, phase), **kept, callbacks=callbacks, checkpoint=file, seed=seed, what=what)
     once, each = flops(net, start)

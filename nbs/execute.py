@@ -9,13 +9,14 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from medxfer_nb.cli import WIDGET
+
 HOME = Path(__file__).parent
-LIVE = "application/vnd.jupyter.widget-view+json"
 
 
 def kept(output):
     "Whether an output belongs into the stored notebook."
-    return output.get("name") != "stderr" and LIVE not in output.get("data", {})
+    return output.get("name") != "stderr" and WIDGET not in output.get("data", {})
 
 
 def execute(path):
