@@ -162,6 +162,9 @@ def device() -> torch.device:
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
+
+torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+
 # %% ../nbs/00_core.ipynb #772acdc4
 _EVERY = 30  # seconds from line to line in a log
 

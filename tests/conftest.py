@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("MEDXFER_DEVICE", "cpu")  # for exact oracles; test_gpu.py looks at the graphics card
 
 NEEDS = {
     "real_data": (os.environ.get("MEDXFER_DATA"), "MEDXFER_DATA does not name the folder of the MedMNIST files"),
