@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from medxfer_nb.backbones import create_model
+
 BENCH = Path(__file__).parents[1] / "bench"
 CAM = json.loads((BENCH / "cam.json").read_text())
 
@@ -64,3 +66,15 @@ def test_what_skipping_frozen_stages_can_give(report, share, most):
     "A pass forward costs 1, of the trained share backward twice that share; what is left is three times the share."
     ceiling = {"2": dict(steps=dict(net=dict(partial=share)))}
     assert report.partial_bound(dict(ceiling=ceiling), dict(threads=2, network="net")) == pytest.approx(most)
+
+
+def test_a_step_moves_what_is_trained_and_nothing_else(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    module, nets = import_module("step"), []
+    monkeypatch.setattr(module, "create_model", lambda *args, **kwargs: nets.append(create_model(*args, **kwargs)) or nets[-1])
+    step = module.stepper("last two stages", 2, False)
+    before = {name: v.clone() for name, v in nets[0].state_dict().items()}
+    step()
+    moved = {name.split(".")[1] for name, v in nets[0].stages.named_parameters(prefix="stages") if not v.equal(before[name])}
+    assert moved == set(nets[0].stage_names[-2:])
+    assert module.parts(step, 1).between(0, 100).all() and set(module.in_turns({"one": step}, 1).index) == {"one"}
