@@ -8,7 +8,6 @@ and the largest parts of a step by torch's profiler.
 """
 import argparse
 import contextlib
-import time
 
 import numpy as np
 import pandas as pd
@@ -16,18 +15,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from medxfer_nb.backbones import create_model
-from medxfer_nb.speed import adamw, quick
+from medxfer_nb.speed import adamw, quick, seconds
+from medxfer_nb.strategies import KNOWN
+from medxfer_nb.training import frozen_stages
 from medxfer_nb.transfer import freeze
 
-TRAINED = {"all": slice(0, 0), "last two stages": slice(None, -3)}
+TRAINED = {"all": "fine_tuning", "last two stages": "last_two"}  # by the last phase of a strategy
 
 
 def stepper(trained, batch, half, compiled=False):
     "A function that takes one step on noise, behind what is frozen."
     net = create_model("tf_efficientnet_lite0", num_classes=2, size=64)
     net.bn_eval = True
-    freeze(net, TRAINED[trained]).to(memory_format=torch.channels_last).train()
-    start = [any(p.requires_grad for p in stage.parameters()) for stage in net.stages].index(True)
+    freeze(net, KNOWN[TRAINED[trained]].phases[-1].frozen).to(memory_format=torch.channels_last).train()
+    start = frozen_stages(net)
     with torch.no_grad(): x = net.stages[:start](torch.randn(batch, 3, 64, 64).contiguous(memory_format=torch.channels_last))
     optimiser = adamw([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     def loss(x): return net.head(net.neck(net.stages[start:](x))).float().logsumexp(1).mean()
@@ -38,12 +39,6 @@ def stepper(trained, batch, half, compiled=False):
         value.backward()
         optimiser.step(); optimiser.zero_grad()
     return step
-
-
-def seconds(f):
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
 
 
 def in_turns(steps, rounds=8):
