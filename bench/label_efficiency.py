@@ -14,11 +14,16 @@ from ours import data
 
 from medxfer_nb import compare
 from medxfer_nb.strategies import HEAD, KNOWN
-from medxfer_nb.transfer import Strategy
+from medxfer_nb.transfer import Strategy, large_batches
+
+
+def grown(s): return replace(s, phases=tuple(replace(phase, batch_size=large_batches) for phase in s.phases))
+
 
 _, LAST = KNOWN["last_two"].phases
 PARTIAL = Strategy("partial", "the last two stages, four kept views", (HEAD, replace(LAST, views=4)))
-STRATEGIES = ("scratch", "feature_extraction", PARTIAL, "fine_tuning")  # a small network from scratch, probe, partial, full
+SCRATCH = replace(KNOWN["scratch"], size=32)  # BreastMNIST's pictures have 28 pixels
+STRATEGIES = [grown(s) for s in (SCRATCH, KNOWN["feature_extraction"], PARTIAL, KNOWN["fine_tuning"])]  # small network, probe, partial, full
 
 
 def label_efficiency(ds, size, budgets=(10, 20, 50, 100, "all"), seeds=10, workers=2, save=None):

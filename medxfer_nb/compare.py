@@ -157,7 +157,7 @@ def _solve(ds, train, test, valid, plans):
 
 def _solve_all(ds, train, test, valid, plans):
     "Each plan of a probe with its result, source by source."
-    def source(plan): return plan.strategy.backbone or id(plan.backbone)
+    def source(plan): return plan.strategy.backbone or id(plan.backbone), plan.strategy.size
     for one in dict.fromkeys(map(source, plans)):
         mine = [plan for plan in plans if source(plan) == one]
         try: yield from zip(mine, _solve(ds, train, test, valid, mine))

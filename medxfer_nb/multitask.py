@@ -341,7 +341,8 @@ def transfer_tasks(
         freeze(net, phase.frozen)
         lr = [([p for part in net.new for p in part.parameters()], phase.lr), *rates(net, phase)[1:]]
         file = checkpoint and f"{checkpoint}-{i}"
-        runs.append(fit_multitask(net, train, phase.epochs, lr, augmented=phase.augmented, checkpoint=file, seed=seed, what=s.title, **options))
+        how = dict(augmented=phase.augmented, batch_size=phase.batch(len(train)), checkpoint=file, seed=seed, what=s.title)
+        runs.append(fit_multitask(net, train, phase.epochs, lr, **how | options))
     history = pd.concat([r.history for r in runs], ignore_index=True)
     return Run(net, dict(strategy=s.name) | runs[-1].config, history, sum(r.seconds for r in runs))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'KNOWN', 'train_source', 'copy_weights', 'build_target', 'freeze', 'Phase', 'Strategy', 'rates',
-           'fit_probe', 'transfer', 'source_network', 'adopt']
+           'large_batches', 'fit_probe', 'transfer', 'source_network', 'adopt']
 
 # %% ../nbs/20_transfer.ipynb #6781c3c9
 import copy, time
@@ -87,6 +87,9 @@ class Phase:
     augmented: bool = True
     views: int = 0  # of each picture for frozen stages, as in `training.fit`; 0: new ones in each epoch
     callbacks: tuple = ()  # each makes a `loop.Callback` from (N(B), N(A), training pictures)
+    batch_size: int | Callable = 16  # pictures a step; or a function of the number of training pictures, as `large_batches`
+
+    def batch(self, n): return self.batch_size(n) if callable(self.batch_size) else self.batch_size  # pictures a step, of n in all
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Strategy:
     phases: tuple = ()  # of Phase, one after the other; none: a probe, solved and not trained
     pretrained: bool = True
     backbone: str | None = None  # None: the one asked for
+    size: int | None = None  # side of its pictures in pixels; None: the one asked for
     prepare: Callable | None = None  # (N(B), training pictures, unlabelled pictures, seed, checkpoint) -> training pictures
 
     @property
@@ -111,6 +115,13 @@ def rates(
     parts = zip([net.neck, *reversed(net.stages)], [0, *range(len(net.stages))])
     body = [(list(part.parameters()), phase.lr * phase.body * phase.decay**depth) for part, depth in parts]
     return [(list(net.head.parameters()), phase.lr), *body]
+
+# %% ../nbs/20_transfer.ipynb #b5a70002
+def large_batches(
+    n: int,  # training pictures
+) -> int:  # pictures a step
+    "An eighth of the pictures, at least 16 and at most 64."
+    return min(max(n // 8, 16), 64)
 
 # %% ../nbs/20_transfer.ipynb #188d8d50
 def fit_probe(
@@ -190,8 +201,9 @@ def source_network(
     "N(A): the one given, unless the strategy starts from random weights; else the backbone."
     if net_a and strategy.pretrained: return net_a
     name, side = (net_a.spec.name, net_a.spec.size) if net_a else (backbone, size or max(128, ds.images.shape[1]))
-    if strategy.pretrained: return _ready(strategy.backbone or name, size=side)
-    return create_model(strategy.backbone or name, pretrained=False, size=side, seed=seed)
+    name, side = strategy.backbone or name, strategy.size or side
+    if strategy.pretrained: return _ready(name, size=side)
+    return create_model(name, pretrained=False, size=side, seed=seed)
 
 
 def adopt(
@@ -207,10 +219,10 @@ def adopt(
 def _train_phase(net, net_a, train, seed, precision, phase, what, file):
     "One phase: freeze, choose how to compute, then fit at the phase's rates; operations of callbacks are not counted."
     freeze(net, phase.frozen)
-    start = computed_once(net, phase.augmented, phase.views)
-    how = fastest(net, start=start) if precision == "auto" else Choice(precision=precision)
+    start, batch_size = computed_once(net, phase.augmented, phase.views), phase.batch(len(train.labelled()))
+    how = fastest(net, batch_size, start) if precision == "auto" else Choice(precision=precision)
     callbacks = [make(net, net_a, train) for make in phase.callbacks] + adopt(net, how)
-    kept = dict(augmented=phase.augmented, views=phase.views)
+    kept = dict(augmented=phase.augmented, views=phase.views, batch_size=batch_size)
     run = fit(net, train, phase.epochs, rates(net, phase), **kept, callbacks=callbacks, checkpoint=file, seed=seed, what=what)
     once, each = flops(net, start)
     run.flops = len(train) * (max(phase.views, 1) * once + each * len(run.history))

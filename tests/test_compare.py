@@ -293,6 +293,16 @@ def test_a_probe_with_a_backbone_of_its_own_is_not_solved_on_another(ds, monkeyp
     assert not np.allclose(study.predictions["own", 0], study.predictions["feature_extraction", 0], atol=1e-3)
 
 
+def test_a_probe_with_a_size_of_its_own_is_not_solved_on_other_pictures(ds, monkeypatch):
+    monkeypatch.setattr(import_module("medxfer_nb.transfer"), "_ready", lambda name, size: create_model("small_cnn", False, size=size))
+    own = replace(STRATEGIES["feature_extraction"], name="own", size=48)
+    study = compare(ds, ["feature_extraction", own], 20, 1, "one", size=64)
+    for name, size in (("feature_extraction", 64), ("own", 48)):
+        expected = transfer(ds, own, n=20, net_a=create_model("small_cnn", False, size=size)).predict_proba(ds.split("test"))
+        np.testing.assert_allclose(study.predictions[name, 0], expected, atol=1e-4)
+    assert not np.allclose(study.predictions["own", 0], study.predictions["feature_extraction", 0], atol=1e-3)
+
+
 def test_networks_that_differ_in_the_head_alone_are_other_sources():
     net, other = lite(), lite()
     other.reset_classifier(5, seed=1)

@@ -315,6 +315,13 @@ def test_strategies_with_phases_carry_every_head(name):
     assert not torch.equal(run.net.heads["mask"].weight, before.heads["mask"].weight)
 
 
+def test_a_phase_says_how_many_pictures_a_step_of_all_heads_has():
+    s = Strategy("s", "s", (Phase(1, 1e-3, batch_size=lambda n: n // 2),), pretrained=False, backbone="small_cnn")
+    ds = split(tiny_set(16))
+    assert transfer_tasks(ds, TASKS, s, n=8, size=32).config["batch_size"] == 4
+    assert transfer_tasks(ds, TASKS, s, n=8, size=32, batch_size=2).config["batch_size"] == 2   # what is asked for in the call comes first
+
+
 @pytest.mark.parametrize("name", ["feature_extraction", "lwf", "pseudo_labels"])
 def test_strategies_made_for_one_question_are_refused(name):
     from medxfer_nb.strategies import KNOWN

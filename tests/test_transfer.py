@@ -6,6 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -16,7 +18,19 @@ from medxfer_nb.backbones import create_model, extract
 from medxfer_nb.core import MedxferError
 from medxfer_nb.loop import Callback
 from medxfer_nb.training import fit
-from medxfer_nb.transfer import STRATEGIES, Phase, Strategy, build_target, copy_weights, fit_probe, freeze, rates, train_source, transfer
+from medxfer_nb.transfer import (
+    STRATEGIES,
+    Phase,
+    Strategy,
+    build_target,
+    copy_weights,
+    fit_probe,
+    freeze,
+    large_batches,
+    rates,
+    train_source,
+    transfer,
+)
 
 QUICK = {name: Strategy(name, name, tuple(Phase(1, p.lr, p.frozen, p.body, p.decay, p.augmented) for p in s.phases), s.pretrained, "small_cnn")
          for name, s in STRATEGIES.items()}
@@ -108,6 +122,29 @@ def test_a_control_has_the_architecture_of_the_given_source():
     control = Strategy("control", "control", (Phase(1, 1e-3),), pretrained=False)
     net = transfer(random_set(), control, n=10, net_a=source()).net
     assert (net.spec.name, net.spec.size) == ("small_cnn", 32)
+
+
+def test_a_strategy_has_pictures_of_its_own_size():
+    own = replace(STRATEGIES["scratch"], phases=(Phase(1, 1e-3),), size=24)
+    assert transfer(random_set(), own, n=10, size=48).net.spec.size == 24
+    assert transfer(random_set(), replace(own, size=None), n=10, size=48).net.spec.size == 48
+    assert transfer(random_set(), replace(own, backbone=None), n=10, net_a=source()).net.spec.size == 24
+    assert transfer(random_set(), replace(STRATEGIES["feature_extraction"], size=24), n=10, net_a=source()).net.spec.size == 32  # the given one
+
+
+@given(n=st.integers(1, 10_000))
+def test_large_batches_leave_eight_steps_or_sixteen_pictures(n):
+    assert 16 <= large_batches(n) <= 64 and large_batches(n) <= large_batches(n + 1)
+    assert -(-n // large_batches(n)) >= 8 or large_batches(n) == 16
+
+
+@pytest.mark.parametrize("batch_size, wanted", [(16, 16), (5, 5), (lambda n: n // 3, 8)])
+def test_a_phase_says_how_many_pictures_a_step_has(batch_size, wanted):
+    class Count(Callback):
+        def after_step(self, loop): seen.append(len(loop.rows))
+    seen, phase = [], Phase(1, 1e-3, batch_size=batch_size, callbacks=(lambda net, source, train: Count(),))
+    run = transfer(random_set(), Strategy("s", "s", (phase,)), n=24, net_a=source())
+    assert run.config["batch_size"] == wanted == seen[0] and sum(seen) == 24 and len(seen) == -(-24 // wanted)
 
 
 def test_preparation_sees_the_pixels_of_the_rest_and_nothing_else():
