@@ -1008,6 +1008,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'medxfer_nb.training.fit': ('training.html#fit', 'medxfer_nb/training.py'),
                                      'medxfer_nb.training.frozen_stages': ('training.html#frozen_stages', 'medxfer_nb/training.py'),
                                      'medxfer_nb.training.loss_function': ('training.html#loss_function', 'medxfer_nb/training.py'),
+                                     'medxfer_nb.training.need_head': ('training.html#need_head', 'medxfer_nb/training.py'),
                                      'medxfer_nb.training.predict_proba': ('training.html#predict_proba', 'medxfer_nb/training.py')},
             'medxfer_nb.transfer': { 'medxfer_nb.transfer.Phase': ('transfer.html#phase', 'medxfer_nb/transfer.py'),
                                      'medxfer_nb.transfer.Phase.batch': ('transfer.html#phase.batch', 'medxfer_nb/transfer.py'),

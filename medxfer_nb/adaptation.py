@@ -26,7 +26,7 @@ from .imageset import ImageSet
 from .loop import Loop, Run
 from .metrics import Score, mean_score
 from .surgery import Network
-from .training import augment, loss_function
+from .training import augment, loss_function, need_head
 
 # %% ../nbs/24_adaptation.ipynb #895ed686
 def a_distance(
@@ -180,7 +180,7 @@ def _check(net, source, target):
     choose(source.task.kind, ("binary", "multiclass"), "kind of task for adapt()")
     if len(target) < 2: raise MedxferError(f"{name}: the target holds {len(target)} pictures; adapt() needs at least 2, better a hundred")
     if classes != others: raise MedxferError(f"{name}: the classes differ, {classes} and {others}; adapt() needs one question for both")
-    if len(classes) != net.head.out_features: raise MedxferError(f"{name} has {len(classes)} classes, the head has {net.head.out_features}")
+    need_head(net, source)
     known = source.labelled()
     if len(np.unique(known.target())) < 2: raise MedxferError(f"{name}: the source needs labelled pictures of at least two classes")
     return known

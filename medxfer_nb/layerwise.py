@@ -19,7 +19,7 @@ from .core import MedxferError, choose
 from .imageset import ImageSet
 from .loop import Loop, Run
 from .surgery import Network
-from .training import augment, loss_function
+from .training import augment, loss_function, need_head
 
 # %% ../nbs/23_layerwise.ipynb #b47c6529
 def layers(
@@ -105,8 +105,8 @@ def _fit_layers(model, names, total, train, epochs, lr, augmented, checkpoint, w
 # %% ../nbs/23_layerwise.ipynb #24543fb7
 def _known(net, train):
     "The pictures of `train` that have a label, if the head has their classes."
-    n, own, known = len(train.task.classes), net.head.out_features, train.labelled()
-    if n != own: raise MedxferError(f"{train.info.name} has {n} classes, the head has {own}: use reset_classifier first")
+    need_head(net, train)
+    known = train.labelled()
     if not len(known): raise MedxferError(f"{train.info.name}: no picture has a label for {train.task.name!r}")
     return known
 
