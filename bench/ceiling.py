@@ -2,7 +2,7 @@
 import time
 
 import torch
-from common import BATCH, answer
+from common import answer
 from ours import WORKLOADS, network
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,14 +33,14 @@ def copy_rate(n=2**26):
 
 
 @torch.no_grad()
-def step(name, size):
+def step(name, size, batch):
     "GFLOP of a training step of all weights, and GB in and out of every layer: thrice those forward; and which share of it `partial` trains."
     net, traffic = network(name, size).train(), []
     first = frozen_stages(freeze(net, WORKLOADS["partial"][0].frozen))
     def count(module, x, y): traffic.append(sum(t.numel() * t.element_size() for t in (*x, y)))
     for m in net.modules():
         if not next(m.children(), None): m.register_forward_hook(count)
-    with FlopCounterMode(display=False) as before: x = net.stages[:first](torch.randn(BATCH, 3, size, size))
+    with FlopCounterMode(display=False) as before: x = net.stages[:first](torch.randn(batch, 3, size, size))
     with FlopCounterMode(display=False) as after: net.head(net.neck(net.stages[first:](x)))
     total = before.get_total_flops() + after.get_total_flops()
     return dict(gflop=3 * total / 1e9, gb=3 * sum(traffic) / 1e9, partial=after.get_total_flops() / total)
@@ -49,7 +49,7 @@ def step(name, size):
 def ceiling(job):
     "The machine's rates with so many threads, and what a step of each network needs."
     rates = dict(float32=rate(torch.float32), bfloat16=rate(torch.bfloat16), copy=copy_rate())
-    return rates | dict(steps={name: step(name, job["size"]) for name in job["networks"]})
+    return rates | dict(steps={name: step(name, job["size"], job["batch"]) for name in job["networks"]})
 
 
 if __name__ == "__main__": answer(ceiling)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-BATCH, RATE = 16, 2e-3
+RATE = 2e-3
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import BATCH, answer
+from common import answer
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -68,9 +68,10 @@ def train(job):
     ds, net, clock = pickle.loads(Path(job["folder"], "set.pickle").read_bytes()), network(job["network"], job["size"]), Clock()
     net.bn_eval, (phase, augmented) = job["bn"] == "still", WORKLOADS[job["workload"]]
     freeze(net, phase.frozen)
-    how = fastest(net, BATCH, computed_once(net, augmented))  # as with precision="auto": measured once for a machine
+    how = fastest(net, job["batch"], computed_once(net, augmented))  # as with precision="auto": measured once for a machine
     callbacks, start = [clock, *adopt(net, how)], time.perf_counter()
-    run = fit(net, ds.split("train"), job["warm"] + job["epochs"], rates(net, phase), augmented=augmented, callbacks=callbacks, batch_size=BATCH)
+    kept = dict(augmented=augmented, callbacks=callbacks, batch_size=job["batch"])
+    run = fit(net, ds.split("train"), job["warm"] + job["epochs"], rates(net, phase), **kept)
     once = time.perf_counter() - start - sum(clock.seconds)
     return dict(seconds=clock.seconds[job["warm"]:], once=once, loss=run.history["loss"].tolist(), phase=phase.epochs, precision=how.precision)
 

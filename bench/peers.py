@@ -8,7 +8,7 @@ import numpy as np
 import timm
 import torch
 import torchvision
-from common import BATCH, PENALTIES, RATE, answer
+from common import PENALTIES, RATE, answer
 from fastai.vision.all import Callback, ImageDataLoaders, Learner, Normalize, OptimWrapper, Resize, accuracy, aug_transforms
 from joblib import Parallel, delayed
 from safetensors.torch import load_file
@@ -67,7 +67,7 @@ def fastai(job):
     trains = facts["trains"]["frozen" if whole else job["workload"]]
     views = aug_transforms(do_flip=facts["flip"], max_rotate=10, min_zoom=0.9, max_zoom=1.1, max_lighting=0.2, max_warp=0)
     views = [*(views if whole else ()), Normalize.from_stats(facts["mean"], facts["std"])]
-    dls = ImageDataLoaders.from_folder(Path(job["folder"]), "train", "val", item_tfms=Resize(job["size"]), batch_tfms=views, bs=BATCH,
+    dls = ImageDataLoaders.from_folder(Path(job["folder"]), "train", "val", item_tfms=Resize(job["size"]), batch_tfms=views, bs=job["batch"],
                                        device=torch.device("cpu"), num_workers=job["workers"])
     def split(model): return [[p for p, on in zip(model.parameters(), trains) if on == part] for part in (False, True)]
     learn = Learner(dls, model, nn.CrossEntropyLoss(), partial(OptimWrapper, opt=torch.optim.AdamW), RATE, split, cbs=clock, metrics=accuracy,
@@ -87,7 +87,7 @@ def plain(job):
     views = [T.RandomAffine(10, (0.08, 0.08), (0.9, 1.1)), T.ColorJitter(0.2, 0.2), *[T.RandomHorizontalFlip()] * facts["flip"]]
     views = [T.Resize(job["size"]), *(views if job["workload"] == "full" else ()), T.ToTensor(), T.Normalize(facts["mean"], facts["std"])]
     pictures = torchvision.datasets.ImageFolder(Path(job["folder"], "train"), T.Compose(views))
-    loader = torch.utils.data.DataLoader(pictures, BATCH, shuffle=True, num_workers=job["workers"], persistent_workers=job["workers"] > 0)
+    loader = torch.utils.data.DataLoader(pictures, job["batch"], shuffle=True, num_workers=job["workers"], persistent_workers=job["workers"] > 0)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
     with half(job): epochs = [one_epoch(model, loader, optimiser, job["bn"] == "still") for _ in range(job["warm"] + job["epochs"])]
     return dict(seconds=[s for s, _ in epochs[job["warm"]:]], loss=[loss for _, loss in epochs])

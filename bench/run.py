@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from common import BATCH, here
+from common import here
 from ours import WORKLOADS, data, share_network, share_pictures
 from report import HERE, epochs, markdown, tables, write
 
@@ -73,7 +73,7 @@ def facts(ds, asked):
     pins = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().splitlines() if "==" in line)
     train = int((ds.table["split"] == "train").sum())
     return here() | dict(versions={n: version(n) for n in names} | dict(fastai=pins["fastai"]),
-                         data=dict(name=ds.info.name, train=train), size=asked.size, batch=BATCH, turns=asked.turns)
+                         data=dict(name=ds.info.name, train=train), size=asked.size, batch=asked.batch, turns=asked.turns)
 
 
 def measure(asked):
@@ -87,9 +87,9 @@ def measure(asked):
         folder, os.environ["MEDXFER_DEVICE"], os.environ["MEDXFER_CACHE"] = Path(home), "cpu", f"{home}/cache"  # nothing is there yet
         share_pictures(ds, folder)
         for name in NETWORKS: share_network(name, asked.size, ds.info.flip, folder)
-        results["ceiling"] = {str(t): ask("ceiling", threads=t, networks=NETWORKS, size=asked.size) for t in (1, 2)}
+        results["ceiling"] = {str(t): ask("ceiling", threads=t, networks=NETWORKS, size=asked.size, batch=asked.batch) for t in (1, 2)}
         for case, workload in product(cases, asked.workloads or WORKLOADS):
-            job = case | dict(workload=workload, folder=home, size=asked.size, warm=1, epochs=timed)
+            job = case | dict(workload=workload, folder=home, size=asked.size, batch=asked.batch, warm=1, epochs=timed)
             rows.append(case | dict(workload=workload, players=take_turns(job, turns)))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         if asked.workloads: return results
@@ -107,6 +107,7 @@ def main():
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2, help="timed epochs a turn, after one to warm up")
     parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels, of epochs and probes")
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step of the epochs")
     parser.add_argument("--study-size", type=int, default=64, help="the same for the label study")
     parser.add_argument("--save", help="a file for the label study, *.npz")
     asked, start = parser.parse_args(), time.perf_counter()
