@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from .backbones import create_model, extract
-from .core import MedxferError, choose, clear_write_errors
+from .core import MedxferError, choose, clear_write_errors, need
 from .craft import MixedPrecision
 from .imageset import ImageSet
 from .loop import Run
@@ -89,7 +89,11 @@ class Phase:
     callbacks: tuple = ()  # each makes a `loop.Callback` from (N(B), N(A), training pictures)
     batch_size: int | Callable = 16  # pictures a step; or a function of the number of training pictures, as `large_batches`
 
-    def batch(self, n): return self.batch_size(n) if callable(self.batch_size) else self.batch_size  # pictures a step, of n in all
+    def batch(self, n):
+        "Pictures a step, of n in all."
+        k = self.batch_size(n) if callable(self.batch_size) else self.batch_size
+        need(k >= 1 and k == int(k), f"batch_size asks for {k} pictures a step of {n}; give a whole number above 0, or a function that does")
+        return int(k)
 
 
 @dataclass(frozen=True)

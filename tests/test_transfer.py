@@ -147,6 +147,12 @@ def test_a_phase_says_how_many_pictures_a_step_has(batch_size, wanted):
     assert run.config["batch_size"] == wanted == seen[0] and sum(seen) == 24 and len(seen) == -(-24 // wanted)
 
 
+@pytest.mark.parametrize("batch_size", [0, -4, 2.5, lambda n: n / 16])
+def test_a_batch_that_is_no_number_of_pictures_is_refused(batch_size):
+    s = Strategy("s", "s", (Phase(1, 1e-3, batch_size=batch_size),))
+    with pytest.raises(MedxferError, match="batch_size asks for .* of 24; give a whole number"): transfer(random_set(), s, n=24, net_a=source())
+
+
 def test_preparation_sees_the_pixels_of_the_rest_and_nothing_else():
     ds, seen = random_set(), []
     def prepare(net, train, rest, seed, checkpoint):
