@@ -223,7 +223,7 @@ def adopt(
 def _train_phase(net, net_a, train, seed, precision, phase, what, file):
     "One phase: freeze, choose how to compute, then fit at the phase's rates; operations of callbacks are not counted."
     freeze(net, phase.frozen)
-    start, batch_size = computed_once(net, phase.augmented, phase.views), phase.batch(len(train.labelled()))
+    start, batch_size = computed_once(net, phase.augmented, phase.views), phase.batch(int(train.known.sum()))
     how = fastest(net, batch_size, start) if precision == "auto" else Choice(precision=precision)
     callbacks = [make(net, net_a, train) for make in phase.callbacks] + adopt(net, how)
     kept = dict(augmented=phase.augmented, views=phase.views, batch_size=batch_size)
