@@ -54,6 +54,7 @@ class Plan:
     seed: int
     size: int | None  # side of the network's pictures
     precision: str  # as in `transfer`
+    shared: bool  # as in `transfer`
     path: Path | None  # where the finished run is kept
 
     @property
@@ -86,7 +87,7 @@ def _keep(plan, result):
 def _train(ds, test, valid, plan):
     "Train, predict the test and the validation images, keep."
     unfinished = plan.path and plan.path.with_suffix(".unfinished")
-    how = dict(size=plan.size, precision=plan.precision, checkpoint=unfinished)
+    how = dict(size=plan.size, precision=plan.precision, shared=plan.shared, checkpoint=unfinished)
     run = transfer(ds, plan.strategy, n=plan.n, seed=plan.seed, **how, **plan.source)
     result = _keep(plan, Result(run.predict_proba(test), run.predict_proba(valid) if valid else np.zeros(0), run.seconds, run.flops))
     if unfinished: shutil.rmtree(unfinished, ignore_errors=True)
@@ -223,7 +224,8 @@ def _plans(content, arms, total, seeds, size, precision, folder):
     "A plan for each arm and seed, seed by seed, the long runs of large budgets first, so that no worker is left alone with one at the end."
     keys = {name: _key(content, s, arm.n, _source(source), size, precision) for name, (arm, s, source) in arms.items()} if folder else {}
     def path(name, seed): return folder and Path(folder) / f"{arms[name][0].strategy}-n{arms[name][0].n}-{seed}-{keys[name]}.npz"
-    return [Plan(name, s, source, arm.n if arm.n < total else None, seed, size, precision, path(name, seed))
+    shared = any(arm.n == total for arm, *_ in arms.values())  # then all pictures are needed anyway
+    return [Plan(name, s, source, arm.n if arm.n < total else None, seed, size, precision, shared, path(name, seed))
             for seed, (name, (arm, s, source)) in itertools.product(range(seeds), sorted(arms.items(), key=lambda item: -item[1][0].n))]
 
 # %% ../nbs/39_compare.ipynb #bfcdb018

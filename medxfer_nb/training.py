@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
@@ -82,15 +83,31 @@ def computed_once(
     return frozen_stages(net) if views or not augmented else 0
 
 # %% ../nbs/12_training.ipynb #02c75662
+def _where(known, pool):
+    "The rows of `pool` that hold the pictures of `known`."
+    ids = pd.Index(pool.table["id"])
+    rows = ids.get_indexer(known.table["id"]) if ids.is_unique else np.full(len(known), -1)
+    same = (rows >= 0).all() and np.array_equal(pool.images[rows], known.images)
+    need(same, f"pool= has not all {len(known)} pictures of {known.info.name}, or not under their ids; take the set they were drawn from")
+    return torch.from_numpy(rows)
+
+
+def _kept(net, known, pool, k, view, views, seed):
+    "A function (rows, generator) -> what stage `k` takes, from the cache of lesson features."
+    where, at = _where(known, pool) if pool else torch.arange(len(known)), next(net.parameters()).device
+    chosen = dict(view=view, views=views, seed=0 if pool else seed) if views else {}  # a pool is for many seeds, and so are its views
+    seen = features(net, pool or known, net.stage_names[k - 1], pooled=False, **chosen)
+    if not views: return lambda rows, chance: seen[where[rows]].to(at)
+    return lambda rows, chance: seen[torch.randint(views, rows.shape, generator=chance), where[rows]].to(at)
+
+
 @torch.no_grad()
-def _feeder(net, pictures, k, view, views, seed):
+def _feeder(net, known, pool, k, view, views, seed):
     "A function (rows, generator) -> what stage `k` takes: fresh views for k = 0, else activations that were computed once."
-    if not k: return lambda rows, chance: view(net.batch(pictures[rows.numpy()]), chance)
-    if views:
-        seen, at = features(net, pictures, net.stage_names[k - 1], pooled=False, view=view, views=views, seed=seed), next(net.parameters()).device
-        return lambda rows, chance: seen[torch.randint(views, rows.shape, generator=chance), rows].to(at)
+    if not k: return lambda rows, chance: view(net.batch(known.images[rows.numpy()]), chance)
+    if views or pool: return _kept(net, known, pool, k, view, views, seed)
     net.eval()
-    with quick(): x = torch.cat([net.stages[:k](x) for x in net.batches(pictures)])  # in the way of the training, to the last digits
+    with quick(): x = torch.cat([net.stages[:k](x) for x in net.batches(known.images)])  # in the way of the training, to the last digits
     return lambda rows, chance: x[rows]
 
 
@@ -163,6 +180,7 @@ def fit(
     augmented: bool | Callable = True,  # new views each epoch, also by a policy (batch, generator) -> batch; False computes frozen stages once
     callbacks: Sequence = (),
     views: int = 0,  # so many views of each picture are computed once for frozen stages, and each epoch takes one of them; 0: new ones
+    pool: ImageSet | None = None,  # holds the pictures of `train`: frozen stages are computed once for all of it, and kept for other draws and seeds
     loss: Callable | None = None,  # (logits, targets) -> mean loss; None: the usual one of the task
     checkpoint=None,  # a file: resumed from if it is there, and kept up to date
     what: str = "training",  # a word for the progress bar
@@ -173,7 +191,7 @@ def fit(
     need_head(net, train)
     if views and not augmented: raise MedxferError(f"views={views}: an unaugmented training has one view of each picture; leave views away")
     k, start = computed_once(net, augmented, views), time.perf_counter()
-    rest, feed = net.stages[k:], _feeder(net, known.images, k, _views(augmented, train.info.flip), views, options.get("seed", 0))
+    rest, feed = net.stages[k:], _feeder(net, known, pool, k, _views(augmented, train.info.flip), views, options.get("seed", 0))
     seen = _vectors(net, feed, len(y)) if k == len(net.stages) and not views and _still(net.neck) else None
 
     def classify(loop, rows):
@@ -187,6 +205,7 @@ def fit(
     watch = [Watch(valid, loss_of)] if valid else []
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     facts = dict(backbone=net.spec.name, data=train.info.name, augmented=augmented, views=views, trained=trained)
+    if pool: facts["pool"] = len(pool)
     loop = Loop(net, len(y), classify, epochs, lr, callbacks=[*watch, *callbacks], names=known.table["id"].tolist(), **facts, **options)
     loop.seconds = time.perf_counter() - start      # what is computed once belongs to the training
     return loop.run(checkpoint, what)

@@ -173,6 +173,7 @@ def transfer(
     net_a: Network | None = None,  # an N(A) of your own instead of ImageNet's; left as it is
     checkpoint=None,  # a folder: called again after a kill, the transfer goes on where it was
     precision: str = "float32",  # 'bfloat16' halves the digits; 'auto' takes what is fastest on this machine (lesson speed)
+    shared: bool = False,  # compute what stays as in N(A) once for the whole training split, for all draws and seeds (`pool` of `training.fit`)
 ) -> Run:  # its `net` is N(B)
     "Carry N(A) to domain B with one strategy, using `n` labelled pictures of the training split; of the rest at most the pixels."
     s = choose(strategy, KNOWN, "strategy") if isinstance(strategy, str) else strategy
@@ -183,8 +184,9 @@ def transfer(
     net_b = build_target(net_a, copy_weights(net_a), len(ds.task.classes), seed)
     net_b.bn_eval, files = s.pretrained, _checkpoints(checkpoint, s, seed)
     if s.prepare: train = s.prepare(net_b, train, whole.images[~whole.table["id"].isin(train.table["id"])], seed, files[0])
+    pool = whole.labelled() if shared and s.pretrained and not s.prepare else None
     steps = [(phase, f"{s.title}, seed {seed}", file) for phase, file in zip(s.phases, files[1:])]
-    runs = [_train_phase(net_b, net_a, train, seed, precision, *step) for step in steps] or [fit_probe(net_b, train)]
+    runs = [_train_phase(net_b, net_a, train, pool, seed, precision, *step) for step in steps] or [fit_probe(net_b, train)]
     history = pd.concat([r.history for r in runs])
     history.index = pd.RangeIndex(1, len(history) + 1, name="epoch")
     config = dict(strategy=s.name) | runs[-1].config | dict(seed=seed)
@@ -220,13 +222,19 @@ def adopt(
     return [MixedPrecision()] * (how.precision == "bfloat16")
 
 
-def _train_phase(net, net_a, train, seed, precision, phase, what, file):
+def _untouched(net, net_a, k):
+    "Whether the first `k` stages are still those of N(A)."
+    ours, theirs = (n.stages[:k].state_dict().values() for n in (net, net_a))
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _train_phase(net, net_a, train, pool, seed, precision, phase, what, file):
     "One phase: freeze, choose how to compute, then fit at the phase's rates; operations of callbacks are not counted."
     freeze(net, phase.frozen)
     start, batch_size = computed_once(net, phase.augmented, phase.views), phase.batch(int(train.known.sum()))
     how = fastest(net, batch_size, start) if precision == "auto" else Choice(precision=precision)
     callbacks = [make(net, net_a, train) for make in phase.callbacks] + adopt(net, how)
-    kept = dict(augmented=phase.augmented, views=phase.views, batch_size=batch_size)
+    kept = dict(augmented=phase.augmented, views=phase.views, batch_size=batch_size, pool=pool if _untouched(net, net_a, start) else None)
     run = fit(net, train, phase.epochs, rates(net, phase), **kept, callbacks=callbacks, checkpoint=file, seed=seed, what=what)
     once, each = flops(net, start)
     run.flops = len(train) * (max(phase.views, 1) * once + each * len(run.history))

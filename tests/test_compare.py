@@ -37,9 +37,10 @@ def ds():
 class Pixels:
     "In place of a network, which takes seconds: logistic regression on pixels; remembers what it was given."
 
-    def __init__(self): self.given = []
+    def __init__(self): self.given, self.shared = [], set()
 
-    def __call__(self, ds, strategy, n, seed, size, checkpoint, precision, backbone="", net_a=None):
+    def __call__(self, ds, strategy, n, seed, size, checkpoint, precision, shared, backbone="", net_a=None):
+        self.shared.add(shared)
         few = ds.split("train").few(n or 60, seed)
         self.given.append((strategy.name, seed, tuple(few.table["id"])))
         penalty = 1.0 if strategy.name == "scratch" else 1e-4
@@ -59,6 +60,12 @@ def test_every_strategy_gets_the_same_images(ds, pixels):
     drawn = {(name, seed): ids for name, seed, ids in pixels.given}
     assert all(drawn["scratch", s] == drawn["fully_connected", s] for s in range(3))
     assert len({drawn["scratch", s] for s in range(3)}) == 3
+
+
+@pytest.mark.parametrize("budgets, shared", [(30, False), ((30, 50), False), ((30, "all"), True), (60, True)])
+def test_who_asks_for_all_images_has_frozen_stages_computed_once(ds, pixels, budgets, shared):
+    compare(ds, PAIR, budgets, seeds=2)
+    assert pixels.shared == {shared}
 
 
 def test_study_is_scored_on_the_test_patients(ds, pixels):

@@ -185,7 +185,9 @@ def test_callbacks_see_what_the_head_sees_and_says():
 
 
 @pytest.fixture
-def cache(monkeypatch, tmp_path): monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
+    return tmp_path
 
 
 def half_frozen():
@@ -221,3 +223,53 @@ def test_a_training_with_kept_views_resumes_exactly(cache, tmp_path):
 
 def test_kept_views_without_augmentation_are_an_error():
     with pytest.raises(MedxferError, match="views=3"): fit(small(), bright_or_dark(), 1, augmented=False, views=3)
+
+
+# --- a pool, of which many trainings draw ---
+
+
+def passes_of(net):
+    "Grows by one for each batch that goes through the first stage."
+    passes = []
+    net.stages[0].register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_a_pool_is_computed_once_for_all_draws_and_changes_no_training(cache):
+    pool, first = bright_or_dark(), half_frozen()
+    passes = passes_of(first)
+    for net, rows in ((first, range(8)), (half_frozen(), [5, 2, 9, 20]), (half_frozen(), range(24))):
+        shared = fit(net, pool.take(rows), 3, lr=3e-3, augmented=False, pool=pool)
+        alone = fit(half_frozen(), pool.take(rows), 3, lr=3e-3, augmented=False)
+        np.testing.assert_allclose(shared.history["loss"], alone.history["loss"], rtol=1e-3)
+        assert shared.config["pool"] == 24 and "pool" not in alone.config
+    assert len(passes) == 1 and len(list((cache / "features").glob("*/manifest.json"))) == 1
+
+
+def test_a_head_on_a_pool_learns_from_its_own_pictures(cache):
+    pool, rows = bright_or_dark(), [7, 0, 3, 12]
+    nets = [small().requires_grad_(False) for _ in range(2)]
+    for net in nets: net.head.requires_grad_(True)
+    shared, alone = (fit(net, pool.take(rows), 5, lr=3e-2, augmented=False, pool=p) for net, p in zip(nets, (pool, None)))
+    np.testing.assert_allclose(shared.net.head.weight.detach(), alone.net.head.weight.detach(), atol=1e-5)
+
+
+def test_kept_views_of_a_pool_are_the_same_for_all_seeds(cache):
+    pool, seen = bright_or_dark(4), {}
+    class Look(Callback):
+        def before_batch(self, loop): seen.setdefault(loop.seed, set()).update(tuple(x.flatten().tolist()) for x in loop.x)
+    for seed in (0, 1): fit(half_frozen(), pool, 20, views=2, callbacks=[Look()], seed=seed, pool=pool)
+    assert seen[0] == seen[1] and len(seen[0]) == 8
+
+
+def test_a_pool_without_all_pictures_is_refused(cache):
+    ds = bright_or_dark()
+    doubled = ds.take([*range(24), 0])
+    for pool in (ds.take(range(20)), bright_or_dark(seed=1), doubled):
+        with pytest.raises(MedxferError, match="pool= has not all 24 pictures of squares"): fit(half_frozen(), ds, 1, augmented=False, pool=pool)
+
+
+def test_a_training_without_a_pool_does_not_go_on_with_one(cache, tmp_path):
+    ds = bright_or_dark()
+    with pytest.raises(KeyboardInterrupt): fit(half_frozen(), ds, 4, views=2, callbacks=[Leave(3)], checkpoint=tmp_path / "c", every=0)
+    with pytest.raises(MedxferError, match="another training"): fit(half_frozen(), ds, 4, views=2, pool=ds, callbacks=[Leave(99)], checkpoint=tmp_path / "c")

@@ -211,3 +211,39 @@ def test_the_probe_leaves_out_rows_without_a_label():
     hidden = replace(ds, table=ds.table.assign(**{ds.task.name: np.where(np.arange(len(ds)) < 30, ds.target(), -1)}))
     a, b = fit_probe(source(), hidden), fit_probe(source(), ds.take(range(30)))
     assert a.config["n"] == 30 and torch.equal(a.net.head.weight, b.net.head.weight)
+
+
+# --- frozen stages, shared by many transfers ---
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    "A function that counts the entries of a fresh cache of features."
+    monkeypatch.setenv("MEDXFER_CACHE", str(tmp_path))
+    return lambda: len(list((tmp_path / "features").glob("*/manifest.json")))
+
+
+HEAD, UPPER = Phase(3, 4e-3, frozen="neck", augmented=False), Phase(2, 1e-3, frozen="stage1", views=2)
+
+
+def test_what_stays_frozen_is_computed_once_for_all_draws_and_seeds(kept):
+    two = Strategy("two", "head, then upper stages", (HEAD, UPPER))
+    for n, seed in ((20, 0), (20, 1), (None, 2)): transfer(random_set(), two, n, seed, size=32, net_a=source(), shared=True)
+    assert kept() == 2  # the maps for the head, and the views for the upper stages
+
+
+def test_a_shared_transfer_learns_what_it_learns_alone(kept):
+    head = Strategy("head", "head", (HEAD,))
+    alone, shared = (transfer(random_set(), head, 20, 0, size=32, net_a=source(), shared=shared) for shared in (False, True))
+    np.testing.assert_allclose(shared.history["loss"], alone.history["loss"], rtol=1e-4)
+    torch.testing.assert_close(shared.net.head.weight, alone.net.head.weight, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_no_longer_the_source_s_is_not_shared(kept):
+    prepared = Strategy("prepared", "prepared", (HEAD,), prepare=lambda net, train, *_: train)
+    random_start = Strategy("random", "random start", (HEAD,), pretrained=False, backbone="small_cnn")
+    for s in (prepared, random_start): transfer(random_set(), s, 20, 0, size=32, net_a=source(), shared=True)
+    assert kept() == 0
+    moved = Strategy("moved", "all, then the head", (Phase(1, 1e-3), HEAD))
+    transfer(random_set(), moved, 20, 0, size=32, net_a=source(), shared=True)
+    assert kept() == 0
