@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from .core import MedxferError, atomic_write, progress
-from .speed import adamw, quick
+from .speed import adamw, kept_memory, quick
 
 # %% ../nbs/11_loop.ipynb #5596b4a3
 def one_cycle(
@@ -181,7 +181,7 @@ class Loop:
     ) -> Run:
         "Train to the end."
         self.checkpoint = checkpoint
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), kept_memory():
             torch.manual_seed(self.seed)
             self.call("before_fit")
             try:

@@ -1,6 +1,8 @@
 "speed: gradients against autograd's own, what the mode touches and what not, measuring without a trace, choices that are kept."
 import copy
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from medxfer_nb import speed
 from medxfer_nb.backbones import create_model
 from medxfer_nb.core import MedxferError
-from medxfer_nb.speed import Choice, adamw, depthwise_weight_grad, fastest, flops, measure, quick
+from medxfer_nb.speed import Choice, adamw, depthwise_input_grad, depthwise_weight_grad, fastest, flops, kept_memory, measure, quick
 
 
 def small(**options): return create_model("small_cnn", pretrained=False, num_classes=2, size=32, **options)
@@ -51,6 +53,18 @@ def test_weight_gradient_is_autograd_s(k, stride, padding, side):
 @pytest.mark.parametrize("side", [(1, 1), (2, 2), (3, 3), (4, 2), (4, 4)])
 def test_weight_gradient_on_maps_smaller_than_the_window(k, stride, side):
     agrees(depthwise(k, stride, (k[0] // 2, k[1] // 2), dtype=torch.float64), side)
+
+
+@pytest.mark.parametrize("k", [(1, 1), (3, 3), (5, 5), (5, 7)])
+@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2)])
+@pytest.mark.parametrize("padding", [0, 1, (2, 3), 6])
+@pytest.mark.parametrize("side", [(9, 9), (12, 8), (7, 10)])
+def test_input_gradient_is_autograd_s(k, stride, padding, side):
+    conv, x = depthwise(k, stride, padding, dtype=torch.float64), torch.randn(3, 6, *side, dtype=torch.float64, requires_grad=True)
+    y = conv(x)
+    g = torch.randn_like(y)
+    expected, = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(depthwise_input_grad(g, conv.weight.detach(), side, conv.stride, conv.padding), expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -122,6 +136,46 @@ def test_it_says_that_it_cannot_be_differentiated_twice():
     with quick(): y = conv(x).square().sum()
     g, = torch.autograd.grad(y, conv.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"): g.sum().backward()
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.Mish, nn.Hardsigmoid])
+def test_an_activation_in_place_does_so_only_where_nothing_has_to_be_copied(act):
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    def through(mode, inplace):
+        before = x * 1
+        with mode: y = act(inplace=inplace)(before)
+        return y, y is before, torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else None
+    (y, same, g), (plain, _, expected) = through(quick(), True), through(torch.enable_grad(), False)
+    assert not same and torch.equal(y, plain) and torch.equal(g, expected)
+    with torch.no_grad(): assert through(quick(), True)[1]
+
+
+MEMORY = """
+import resource, torch
+from medxfer_nb.speed import kept_memory
+def step(): blocks = [torch.ones(2_000_000) for _ in range(20)]
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3): step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+step()
+usual = pages()
+with kept_memory():
+    step()
+    kept = pages()
+print(usual, kept, pages())
+"""
+
+
+@pytest.mark.skipif(speed._malloc() is None, reason="not the GNU C library")
+def test_memory_stays_with_the_process_and_is_given_back():
+    usual, kept, after = map(int, subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout.split())
+    assert kept < usual / 10 and after > 10 * kept
+
+
+def test_without_the_gnu_library_memory_is_left_alone(monkeypatch):
+    monkeypatch.setattr(speed, "_malloc", lambda: None)
+    with kept_memory(): assert torch.ones(3).sum() == 3
 
 
 def test_what_lies_channel_by_channel_stays_a_convolution():

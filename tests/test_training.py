@@ -270,6 +270,6 @@ def test_a_pool_without_all_pictures_is_refused(cache):
 
 
 def test_a_training_without_a_pool_does_not_go_on_with_one(cache, tmp_path):
-    ds = bright_or_dark()
-    with pytest.raises(KeyboardInterrupt): fit(half_frozen(), ds, 4, views=2, callbacks=[Leave(3)], checkpoint=tmp_path / "c", every=0)
-    with pytest.raises(MedxferError, match="another training"): fit(half_frozen(), ds, 4, views=2, pool=ds, callbacks=[Leave(99)], checkpoint=tmp_path / "c")
+    ds, how = bright_or_dark(), dict(views=2, checkpoint=tmp_path / "c", every=0)
+    with pytest.raises(KeyboardInterrupt): fit(half_frozen(), ds, 4, callbacks=[Leave(3)], **how)
+    with pytest.raises(MedxferError, match="another training"): fit(half_frozen(), ds, 4, callbacks=[Leave(99)], pool=ds, **how)
