@@ -20,7 +20,7 @@ from .features import content, features, fingerprint
 from .imageset import ImageSet
 from .metrics import Metric, auroc
 from .probes import probe
-from .speed import flops
+from .speed import flops, kept_memory
 from .strategies import KNOWN
 from .study import Arm, Study
 from .transfer import STRATEGIES, Strategy, source_network, transfer
@@ -88,8 +88,9 @@ def _train(ds, test, valid, plan):
     "Train, predict the test and the validation images, keep."
     unfinished = plan.path and plan.path.with_suffix(".unfinished")
     how = dict(size=plan.size, precision=plan.precision, shared=plan.shared, checkpoint=unfinished)
-    run = transfer(ds, plan.strategy, n=plan.n, seed=plan.seed, **how, **plan.source)
-    result = _keep(plan, Result(run.predict_proba(test), run.predict_proba(valid) if valid else np.zeros(0), run.seconds, run.flops))
+    with kept_memory():  # and given back at the end: joblib restarts a worker that grows
+        run = transfer(ds, plan.strategy, n=plan.n, seed=plan.seed, **how, **plan.source)
+        result = _keep(plan, Result(run.predict_proba(test), run.predict_proba(valid) if valid else np.zeros(0), run.seconds, run.flops))
     if unfinished: shutil.rmtree(unfinished, ignore_errors=True)
     return result
 
@@ -166,16 +167,20 @@ def _solve_all(ds, train, test, valid, plans):
 
 
 # %% ../nbs/39_compare.ipynb #d3339360
+def _attempts(ds, test, valid, plans, workers):
+    "Each plan of a training with its result; several workers set out at once, while the probes are solved here."
+    if workers == 1 or not plans: return (_attempt(ds, test, valid, plan) for plan in plans)
+    return Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(_attempt)(ds, test, valid, plan) for plan in plans)
+
+
 def _results(ds, train, test, valid, plans, workers):
     "Each plan with its result, as they are finished: those found on disk, the probes, the trainings."
     found = [(plan, plan.path and _saved(plan.path)) for plan in plans]
     yield from (pair for pair in found if pair[1])
     left = [plan for plan, result in found if not result]
-    probes = [plan for plan in left if plan.strategy.solved]
-    yield from _solve_all(ds, train, test, valid, probes)
-    trained = [delayed(_attempt)(ds, test, valid, plan) for plan in left if not plan.strategy.solved]
-    if workers == 1: yield from (f(*args) for f, args, _ in trained)
-    elif trained: yield from Parallel(n_jobs=workers, return_as="generator_unordered")(trained)
+    trained = _attempts(ds, test, valid, [plan for plan in left if not plan.strategy.solved], workers)
+    yield from _solve_all(ds, train, test, valid, [plan for plan in left if plan.strategy.solved])
+    yield from trained
 
 # %% ../nbs/39_compare.ipynb #1c6326a9
 def _copy(study, known, key):

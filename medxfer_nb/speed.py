@@ -177,6 +177,9 @@ def _malloc():
     except (AttributeError, OSError, TypeError): return None
 
 
+_keeping = []  # an entry for each `kept_memory` that is on
+
+
 @contextmanager
 def kept_memory():
     "While it is on, up to 2 GB of freed memory stay with the process, ready to be used again; only with the GNU C library."
@@ -184,10 +187,13 @@ def kept_memory():
     mallopt, malloc_trim = found
     mallopt(_MMAP, 2**25)  # the most that it takes: larger blocks come from the system each time
     mallopt(_TRIM, 2**31 - 1)
+    _keeping.append(True)
     try: yield
     finally:
-        mallopt(_TRIM, 2**26)  # twice the other, as the library has it when it has seen large blocks
-        malloc_trim(0)
+        _keeping.pop()
+        if not _keeping:
+            mallopt(_TRIM, 2**26)  # twice the other, as the library has it when it has seen large blocks
+            malloc_trim(0)
 
 
 # %% ../nbs/10_speed.ipynb #c8910c58
@@ -221,15 +227,18 @@ def measure(
     rounds: int = 3,  # after one to warm up
     start: int = 0,  # the stages before this one are computed once for each picture, not in each step
 ) -> pd.DataFrame:  # milliseconds of a step, a row a layout, a column a precision
-    "How long a step of training takes in each layout and precision: in turns, the shortest of `rounds`."
+    "How long a step of training takes in each layout and precision: in turns, the shortest of `rounds`; after the first, of those near the best."
     copied = copy.deepcopy(net)
     if not any(p.requires_grad for p in copied.parameters()): raise MedxferError("nothing to measure: every weight is frozen; unfreeze the head")
     x = _blank(copied, batch_size, start)
     copied.train()
+    times = pd.Series(np.inf, pd.MultiIndex.from_product([LAYOUTS, PRECISIONS]))
     with torch.random.fork_rng(), kept_memory():
-        cell = lambda: [[_seconds(copied, x, start, layout, precision) for precision in PRECISIONS] for layout in LAYOUTS]
-        times = np.array([cell() for _ in range(rounds + 1)])[1:].min(axis=0)
-    return pd.DataFrame(1000 * times, index=list(LAYOUTS), columns=list(PRECISIONS))
+        for i in range(rounds + 1):
+            for way in times.index[times <= 1.3 * times.min()]:
+                spent = 1000 * _seconds(copied, x, start, *way)
+                if i: times[way] = min(times[way], spent)
+    return times.unstack(sort=False)
 
 # %% ../nbs/10_speed.ipynb #7e7acdda
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .core import MedxferError, device, need
 from .features import features
 from .imageset import ImageSet
 from .loop import Callback, Loop, Run
-from .speed import quick
+from .speed import kept_memory, quick
 
 # %% ../nbs/12_training.ipynb #c679e26a
 def augment(
@@ -126,7 +126,7 @@ def _vectors(net, feed, n):
 @torch.inference_mode()
 def _logits(net, pictures, batch_size=64):
     net.eval()
-    return torch.cat([net(x) for x in net.batches(pictures, batch_size)])
+    with kept_memory(): return torch.cat([net(x) for x in net.batches(pictures, batch_size)])
 
 
 def predict_proba(

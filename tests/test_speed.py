@@ -162,6 +162,7 @@ step()
 usual = pages()
 with kept_memory():
     step()
+    with kept_memory(): step()
     kept = pages()
 print(usual, kept, pages())
 """
@@ -210,6 +211,19 @@ def test_fused_adamw_makes_the_same_steps():
 
 
 # --- measuring ---
+
+
+def test_a_way_far_behind_is_not_measured_again(monkeypatch):
+    "Each way warms up and has a turn; only what is near the best has more of them, and the shortest counts."
+    spent, asked = {"float32": [9, 4, 3, 5], "bfloat16": [9, 9, 9, 9]}, []
+    def clock(net, x, start, layout, precision):
+        asked.append((layout, precision))
+        return spent[precision][asked.count((layout, precision)) - 1] * (1.25 if layout == "contiguous" else 1)
+    monkeypatch.setattr(speed, "_seconds", clock)
+    table = measure(small(), 2)
+    assert table.loc["channels last", "float32"] == 3000 and table.loc["contiguous", "float32"] == 3750
+    assert (table["bfloat16"] == [9000, 11250]).all() and list(table) == ["float32", "bfloat16"]
+    assert [asked.count((layout, p)) for layout in table.index for p in table] == [4, 2, 4, 2]
 
 
 def test_measuring_leaves_no_trace():
