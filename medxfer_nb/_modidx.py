@@ -215,7 +215,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'medxfer_nb.compare.Result': ('compare.html#result', 'medxfer_nb/compare.py'),
                                     'medxfer_nb.compare._arms': ('compare.html#_arms', 'medxfer_nb/compare.py'),
                                     'medxfer_nb.compare._attempt': ('compare.html#_attempt', 'medxfer_nb/compare.py'),
-                                    'medxfer_nb.compare._attempts': ('compare.html#_attempts', 'medxfer_nb/compare.py'),
                                     'medxfer_nb.compare._budgets': ('compare.html#_budgets', 'medxfer_nb/compare.py'),
                                     'medxfer_nb.compare._collect': ('compare.html#_collect', 'medxfer_nb/compare.py'),
                                     'medxfer_nb.compare._content': ('compare.html#_content', 'medxfer_nb/compare.py'),

@@ -167,20 +167,16 @@ def _solve_all(ds, train, test, valid, plans):
 
 
 # %% ../nbs/39_compare.ipynb #d3339360
-def _attempts(ds, test, valid, plans, workers):
-    "Each plan of a training with its result; several workers set out at once, while the probes are solved here."
-    if workers == 1 or not plans: return (_attempt(ds, test, valid, plan) for plan in plans)
-    return Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(_attempt)(ds, test, valid, plan) for plan in plans)
-
-
 def _results(ds, train, test, valid, plans, workers):
     "Each plan with its result, as they are finished: those found on disk, the probes, the trainings."
     found = [(plan, plan.path and _saved(plan.path)) for plan in plans]
     yield from (pair for pair in found if pair[1])
     left = [plan for plan, result in found if not result]
-    trained = _attempts(ds, test, valid, [plan for plan in left if not plan.strategy.solved], workers)
-    yield from _solve_all(ds, train, test, valid, [plan for plan in left if plan.strategy.solved])
-    yield from trained
+    probes = [plan for plan in left if plan.strategy.solved]
+    yield from _solve_all(ds, train, test, valid, probes)  # before there are workers: they would share its cores
+    trained = [delayed(_attempt)(ds, test, valid, plan) for plan in left if not plan.strategy.solved]
+    if workers == 1: yield from (f(*args) for f, args, _ in trained)
+    elif trained: yield from Parallel(n_jobs=workers, return_as="generator_unordered")(trained)
 
 # %% ../nbs/39_compare.ipynb #1c6326a9
 def _copy(study, known, key):
