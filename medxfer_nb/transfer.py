@@ -184,7 +184,7 @@ def transfer(
     net_b = build_target(net_a, copy_weights(net_a), len(ds.task.classes), seed)
     net_b.bn_eval, files = s.pretrained, _checkpoints(checkpoint, s, seed)
     if s.prepare: train = s.prepare(net_b, train, whole.images[~whole.table["id"].isin(train.table["id"])], seed, files[0])
-    pool = whole.labelled() if shared and s.pretrained and not s.prepare else None
+    pool = whole.labelled() if shared and s.pretrained and not s.prepare and whole.table["id"].is_unique else None
     steps = [(phase, f"{s.title}, seed {seed}", file) for phase, file in zip(s.phases, files[1:])]
     runs = [_train_phase(net_b, net_a, train, pool, seed, precision, *step) for step in steps] or [fit_probe(net_b, train)]
     history = pd.concat([r.history for r in runs])

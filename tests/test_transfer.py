@@ -247,3 +247,10 @@ def test_what_is_no_longer_the_source_s_is_not_shared(kept):
     moved = Strategy("moved", "all, then the head", (Phase(1, 1e-3), HEAD))
     transfer(random_set(), moved, 20, 0, size=32, net_a=source(), shared=True)
     assert kept() == 0
+
+
+def test_pictures_that_no_id_tells_apart_are_not_shared(kept):
+    ds = random_set()
+    ds.table["id"] = "same"
+    run = transfer(ds, Strategy("head", "head", (HEAD,)), 20, 0, size=32, net_a=source(), shared=True)
+    assert kept() == 0 and "pool" not in run.config
