@@ -234,7 +234,8 @@ def _train_phase(net, net_a, train, pool, seed, precision, phase, what, file):
     start, batch_size = computed_once(net, phase.augmented, phase.views), phase.batch(int(train.known.sum()))
     how = fastest(net, batch_size, start) if precision == "auto" else Choice(precision=precision)
     callbacks = [make(net, net_a, train) for make in phase.callbacks] + adopt(net, how)
-    kept = dict(augmented=phase.augmented, views=phase.views, batch_size=batch_size, pool=pool if _untouched(net, net_a, start) else None)
+    kept = dict(augmented=phase.augmented, views=phase.views, batch_size=batch_size)
+    if pool and _untouched(net, net_a, start): kept["pool"] = pool
     run = fit(net, train, phase.epochs, rates(net, phase), **kept, callbacks=callbacks, checkpoint=file, seed=seed, what=what)
     once, each = flops(net, start)
     run.flops = len(train) * (max(phase.views, 1) * once + each * len(run.history))

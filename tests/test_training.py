@@ -196,9 +196,16 @@ def half_frozen():
     return net
 
 
-def test_kept_views_are_computed_once_and_drawn_from(cache):
-    ds, net, passes = bright_or_dark(), half_frozen(), []
+def passes_of(net):
+    "Grows by one for each batch that goes through the first stage."
+    passes = []
     net.stages[0].register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_kept_views_are_computed_once_and_drawn_from(cache):
+    ds, net = bright_or_dark(), half_frozen()
+    passes = passes_of(net)
     run = fit(net, ds, 6, lr=3e-3, views=3)
     assert len(passes) == 3 and len(run.history) == 6 and run.config["views"] == 3
     fit(half_frozen(), ds, 1, views=3)
@@ -226,13 +233,6 @@ def test_kept_views_without_augmentation_are_an_error():
 
 
 # --- a pool, of which many trainings draw ---
-
-
-def passes_of(net):
-    "Grows by one for each batch that goes through the first stage."
-    passes = []
-    net.stages[0].register_forward_hook(lambda *_: passes.append(1))
-    return passes
 
 
 def test_a_pool_is_computed_once_for_all_draws_and_changes_no_training(cache):
