@@ -1,6 +1,6 @@
 """How much do labels buy? Four strategies, five budgets, ten seeds, in one call of `compare`.
 
-    python bench/label_efficiency.py --size 64 --workers 2 --save nbs/studies/medmnist/breast.npz
+    python bench/label_efficiency.py --size 48 --workers 2 --save nbs/studies/medmnist/breast.npz
 
 prints the scores with intervals and the seconds, in all and for each strategy, as JSON, and keeps the study where --save says.
 """
@@ -41,7 +41,7 @@ def label_efficiency(ds, size, budgets=(10, 20, 50, 100, "all"), seeds=10, worke
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--budgets", nargs="+", type=lambda n: n if n == "all" else int(n), default=[10, 20, 50, 100, "all"])
     parser.add_argument("--workers", type=int, default=2)

@@ -68,7 +68,7 @@ def fastai(job):
     views = aug_transforms(do_flip=facts["flip"], max_rotate=10, min_zoom=0.9, max_zoom=1.1, max_lighting=0.2, max_warp=0)
     views = [*(views if whole else ()), Normalize.from_stats(facts["mean"], facts["std"])]
     dls = ImageDataLoaders.from_folder(Path(job["folder"]), "train", "val", item_tfms=Resize(job["size"]), batch_tfms=views, bs=job["batch"],
-                                       device=torch.device("cpu"), num_workers=job["workers"])
+                                       device=torch.device("cpu"), num_workers=job["workers"], drop_last=False)  # all pictures, as we
     def split(model): return [[p for p, on in zip(model.parameters(), trains) if on == part] for part in (False, True)]
     learn = Learner(dls, model, nn.CrossEntropyLoss(), partial(OptimWrapper, opt=torch.optim.AdamW), RATE, split, cbs=clock, metrics=accuracy,
                     train_bn=not clock.hold)
