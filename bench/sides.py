@@ -1,6 +1,6 @@
 """Which side should the pictures of the label study have? The probe's AUROC on training pictures that it has not seen, side by side.
 
-    MEDXFER_DATA=folder/of/breastmnist.npz python bench/sides.py      # two minutes
+    MEDXFER_DATA=folder/of/breastmnist.npz python bench/sides.py      # four minutes
 
 No validation and no test picture takes part: folds of patients, ten at a time, shuffled three times; in each the penalty is chosen within the rest.
 """
