@@ -38,6 +38,7 @@ class Run:
     seconds: float
     flops: float = 0.0  # operations in the network; 0: not counted
     versions: dict = field(default_factory=lambda: dict(torch=torch.__version__, numpy=np.__version__))
+    kept: int = 0  # leading stages whose activations predictions take from the cache of lesson features
 
     def __repr__(self):
         asked = ", ".join(f"{k}={v}" for k, v in self.config.items())

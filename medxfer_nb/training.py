@@ -124,24 +124,29 @@ def _vectors(net, feed, n):
 
 # %% ../nbs/12_training.ipynb #9f753aa5
 @torch.inference_mode()
-def _logits(net, pictures, batch_size=64):
+def _logits(net, pictures, batch_size=64, kept=0):
     net.eval()
-    with kept_memory(): return torch.cat([net(x) for x in net.batches(pictures, batch_size)])
+    with kept_memory():
+        if not kept: return torch.cat([net(x) for x in net.batches(pictures, batch_size)])
+        maps, at = features(net, pictures, net.stage_names[kept - 1], pooled=False), next(net.parameters()).device
+        parts = (x.to(at).contiguous(memory_format=net.layout) for x in maps.split(batch_size))
+        return torch.cat([net.head(net.neck(net.stages[kept:](x))) for x in parts])
 
 
 def predict_proba(
     net: Network,
     ds: ImageSet,
     batch_size: int = 64,
+    kept: int = 0,  # so many leading stages are computed once for these pictures, and kept for other networks that share them
 ) -> np.ndarray:  # (N, classes) float32; rows sum to 1, or each value stands alone for a multilabel task
     "Class probabilities from a network in evaluation mode."
-    logits = _logits(net, ds.images, batch_size)
+    logits = _logits(net, ds.images, batch_size, kept)
     return (logits.sigmoid() if ds.task.kind == "multilabel" else logits.softmax(1)).cpu().numpy()
 
 
 def _run_predict_proba(run, ds: ImageSet) -> np.ndarray:
     "Class probabilities `(N, classes)` of the pictures in `ds`."
-    return predict_proba(run.net, ds)
+    return predict_proba(run.net, ds, kept=run.kept)
 
 
 Run.predict_proba = _run_predict_proba

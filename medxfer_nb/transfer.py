@@ -25,7 +25,7 @@ from .loop import Run
 from .probes import probe
 from .speed import LAYOUTS, PRECISIONS, Choice, fastest, flops
 from .surgery import Network
-from .training import computed_once, fit
+from .training import computed_once, fit, frozen_stages
 
 # %% ../nbs/20_transfer.ipynb #891a2c8d
 def train_source(
@@ -190,7 +190,9 @@ def transfer(
     history = pd.concat([r.history for r in runs])
     history.index = pd.RangeIndex(1, len(history) + 1, name="epoch")
     config = dict(strategy=s.name) | runs[-1].config | dict(seed=seed)
-    return Run(net_b, config, history, sum(r.seconds for r in runs), sum(r.flops for r in runs))
+    kept = frozen_stages(net_b) if pool else 0
+    counted = dict(seconds=sum(r.seconds for r in runs), flops=sum(r.flops for r in runs))
+    return Run(net_b, config, history, **counted, kept=kept if _untouched(net_b, net_a, kept) else 0)
 
 
 _ready = lru_cache(maxsize=2)(create_model)  # a pretrained network is loaded once, copied, and left as it is

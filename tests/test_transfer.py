@@ -17,7 +17,7 @@ from test_training import bright_or_dark
 from medxfer_nb.backbones import create_model, extract
 from medxfer_nb.core import MedxferError
 from medxfer_nb.loop import Callback
-from medxfer_nb.training import fit
+from medxfer_nb.training import fit, predict_proba
 from medxfer_nb.transfer import (
     STRATEGIES,
     Phase,
@@ -228,8 +228,11 @@ HEAD, UPPER = Phase(3, 4e-3, frozen="neck", augmented=False), Phase(2, 1e-3, fro
 
 def test_what_stays_frozen_is_computed_once_for_all_draws_and_seeds(kept):
     two = Strategy("two", "head, then upper stages", (HEAD, UPPER))
-    for n, seed in ((20, 0), (20, 1), (None, 2)): transfer(random_set(), two, n, seed, size=32, net_a=source(), shared=True)
+    runs = [transfer(random_set(), two, n, seed, size=32, net_a=source(), shared=True) for n, seed in ((20, 0), (20, 1), (None, 2))]
     assert kept() == 2  # the maps for the head, and the views for the upper stages
+    other = random_set(seed=1)
+    for run in runs: np.testing.assert_allclose(run.predict_proba(other), predict_proba(run.net, other), atol=1e-5)
+    assert kept() == 3 and all(run.kept == 2 for run in runs)  # and the maps of the pictures that all are asked about
 
 
 def test_a_shared_transfer_learns_what_it_learns_alone(kept):
@@ -245,8 +248,9 @@ def test_what_is_no_longer_the_source_s_is_not_shared(kept):
     for s in (prepared, random_start): transfer(random_set(), s, 20, 0, size=32, net_a=source(), shared=True)
     assert kept() == 0
     moved = Strategy("moved", "all, then the head", (Phase(1, 1e-3), HEAD))
-    transfer(random_set(), moved, 20, 0, size=32, net_a=source(), shared=True)
-    assert kept() == 0
+    run = transfer(random_set(), moved, 20, 0, size=32, net_a=source(), shared=True)
+    run.predict_proba(random_set())
+    assert kept() == run.kept == 0
 
 
 def test_pictures_that_no_id_tells_apart_are_not_shared(kept):
