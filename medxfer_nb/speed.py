@@ -39,30 +39,30 @@ def _as_convolution(x, g, window, stride, padding):
     return grad[0, :, :window[0], :window[1]].reshape(b, c, 1, *window).sum(0)
 
 # %% ../nbs/10_speed.ipynb #e7cdd69d
-@cache
 def _joins(n_in, n_out, cells, stride, padding):
     "In one direction: 1 where a place of the output (rows) and one of the input meet in a cell of the window (last axis)."
     out, into, cell = torch.arange(n_out).view(-1, 1, 1), torch.arange(n_in).view(-1, 1), torch.arange(cells)
     return (out * stride + cell - padding == into).float()
 
 
-def _cells(x, g, window, stride, padding):
+@cache
+def _cells(sides_in, sides_out, window, stride, padding):
     "The same in both directions."
-    return torch.kron(*(_joins(*one) for one in zip(x.shape[2:], g.shape[2:], window, stride, padding)))
+    return torch.kron(*(_joins(*one) for one in zip(sides_in, sides_out, window, stride, padding)))
 
 
 def _by_pairs(x, g, window, stride, padding):
     "The same gradient by pairs of places, summed in 32 bits or more."
     x_at, g_at = (t.to(torch.promote_types(t.dtype, torch.float32)).permute(2, 3, 0, 1).flatten(0, 1) for t in (x, g))
     pairs = (g_at[:, None] * x_at).sum(2)
-    return torch.einsum("oic,oik->ck", pairs, _cells(x, g, window, stride, padding).to(pairs)).reshape(-1, 1, *window).to(x.dtype)
+    return torch.einsum("oic,oik->ck", pairs, _cells(x.shape[2:], g.shape[2:], window, stride, padding).to(pairs)).reshape(-1, 1, *window).to(x.dtype)
 
 
 def _by_products(x, g, window, stride, padding):
     "The same gradient with all pairs of a channel as one product of matrices, which adds up the pictures."
     x_at, g_at = (t.permute(1, 2, 3, 0).flatten(1, 2) for t in (x, g))
     pairs = (g_at @ x_at.mT).flatten(1)
-    return (pairs @ _cells(x, g, window, stride, padding).flatten(0, 1).to(pairs)).reshape(-1, 1, *window)
+    return (pairs @ _cells(x.shape[2:], g.shape[2:], window, stride, padding).flatten(0, 1).to(pairs)).reshape(-1, 1, *window)
 
 # %% ../nbs/10_speed.ipynb #21d6517e
 def _small(x, window, padding):
